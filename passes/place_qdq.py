@@ -1,0 +1,274 @@
+"""Places QuantizeLinear / DequantizeLinear pairs around linear layers, with two-level 4-bit group scales."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qavp_export.numerics.two_level import (
+    Grouped8,
+    TwoLevel,
+    quantize_grouped_8bit,
+    quantize_two_level,
+)
+from qavp_export.passes._infra import Refusal, RewritePass, RewriteResult
+from qavp_export.passes.two_level_scale import DOMAIN, OP_TYPE, two_level_scale_function
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one linear layer is quantized.
+
+    Attributes:
+        name: What the manifest calls it.
+        weights: `int4`: two-level 4-bit groups; `int8`: 8-bit groups with a float scale each.
+        activations: `int4`: two-level 4-bit groups computed at run time per token; None: float.
+    """
+
+    name: str
+    weights: Literal["int4", "int8"]
+    activations: Literal["int4"] | None
+
+
+W4A4 = Scheme("w4a4", "int4", "int4")
+W8A16 = Scheme("w8a16", "int8", None)
+
+
+class PlaceQdq(RewritePass):
+    """Rewrites `MatMul(x, weight)` with a constant weight `[K,N]` to run in a scheme's precision.
+
+    1. Weights become codes and scales: `DequantizeLinear(codes [K,N], scales [K/G,N], axis=0, block_size=G)`. In the
+       two-level form the scales are `Cast(multipliers UINT4 [K/G,N]) * steps [N]`. Codes, multipliers and steps are
+       lazy: a weight is read and quantized once, when the model is saved.
+    2. Activations `x [...,K]` become `DequantizeLinear(QuantizeLinear(x, s), s)` in INT4, blocked along the last
+       axis, where `s = qavp.TwoLevelScale(x) [...,K/G]`. Linear layers that share an input share the pair.
+    3. Zero points are omitted: both are symmetric.
+
+    Works on any opset 21+ model whose linear layers are MatMul nodes; run `FoldWeightTransposes` first if weights
+    are stored as `[N,K]`. A MatMul that a scheme names and that cannot be quantized is refused with the reason.
+
+    Args:
+        group_size: Channels along K that share a scale (G).
+        schemes: Pairs of a glob over node names and a scheme, first match wins; nodes that match none stay float.
+    """
+
+    def __init__(self, group_size: int, schemes: Sequence[tuple[str, Scheme]] = (("*", W4A4),)) -> None:
+        super().__init__()
+        self.group_size = group_size
+        self.schemes = tuple(schemes)
+
+    def call(self, model: ir.Model) -> RewriteResult:
+        """Quantizes every matching linear layer of the main graph."""
+        refused: list[Refusal] = []
+        matched = 0
+        shared: dict[ir.Value, ir.Value] = {}
+        for node in list(model.graph):
+            scheme = self._scheme(node)
+            if scheme is None:
+                continue
+            reason = _why_not(node, self.group_size)
+            if reason is not None:
+                refused.append(Refusal(str(node.name), reason))
+                continue
+            self._quantize_weight(node, scheme)
+            if scheme.activations is not None:
+                self._quantize_activation(model, node, shared)
+            matched += 1
+        return RewriteResult(model, modified=matched > 0, matched=matched, refused=refused)
+
+    def _scheme(self, node: ir.Node) -> Scheme | None:
+        if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
+            return None
+        if node.inputs[1] is None or not node.inputs[1].is_initializer():
+            return None
+        name = node.name or ""
+        return next((scheme for glob, scheme in self.schemes if fnmatch.fnmatchcase(name, glob)), None)
+
+    def _quantize_weight(self, node: ir.Node, scheme: Scheme) -> None:
+        weight = _input(node, 1)
+        parts = (_two_level_parts if scheme.weights == "int4" else _int8_parts)(weight, self.group_size)
+        for part in parts.values():
+            _graph(node).register_initializer(part)
+        if scheme.weights == "int4":
+            multipliers = _insert(node, "Cast", [parts["multipliers"]], "weight/Cast", {"to": ir.DataType.FLOAT})
+            multipliers.dtype, multipliers.shape = ir.DataType.FLOAT, parts["multipliers"].shape
+            scales = _insert(node, "Mul", [multipliers, parts["steps"]], "weight/Mul")
+            scales.dtype, scales.shape = ir.DataType.FLOAT, parts["multipliers"].shape
+        else:
+            scales = parts["scales"]
+        attributes = {"axis": 0, "block_size": self.group_size}
+        dequantized = _insert(
+            node, "DequantizeLinear", [parts["codes"], scales], "weight/DequantizeLinear", attributes
+        )
+        dequantized.dtype, dequantized.shape = ir.DataType.FLOAT, weight.shape
+        node.replace_input_with(1, dequantized)
+        if not weight.uses():
+            _graph(node).initializers.pop(str(weight.name))
+
+    def _quantize_activation(self, model: ir.Model, node: ir.Node, shared: dict[ir.Value, ir.Value]) -> None:
+        x = _input(node, 0)
+        if x not in shared:
+            function = two_level_scale_function()
+            model.functions.setdefault(function.identifier(), function)
+            model.graph.opset_imports.setdefault(DOMAIN, 1)
+            shared[x] = self._dynamic_qdq(node, x)
+        node.replace_input_with(0, shared[x])
+
+    def _dynamic_qdq(self, node: ir.Node, x: ir.Value) -> ir.Value:
+        producer = x.producer()
+        prefix = f"{producer.name if producer is not None else x.name}/"
+        blocked = {"axis": -1, "block_size": self.group_size}
+        scale = _insert(node, OP_TYPE, [x], OP_TYPE, {"group_size": self.group_size}, prefix, DOMAIN)
+        scale.dtype = ir.DataType.FLOAT
+        codes = _insert(
+            node,
+            "QuantizeLinear",
+            [x, scale],
+            "QuantizeLinear",
+            blocked | {"output_dtype": ir.DataType.INT4},
+            prefix,
+        )
+        codes.dtype, codes.shape = ir.DataType.INT4, x.shape
+        values = _insert(node, "DequantizeLinear", [codes, scale], "DequantizeLinear", blocked, prefix)
+        values.dtype, values.shape = ir.DataType.FLOAT, x.shape
+        return values
+
+
+class _ReadByAll(Generic[_T]):
+    """Computes a value for a number of readers, and forgets it when the last one has read it."""
+
+    def __init__(self, compute: Callable[[], _T], readers: int) -> None:
+        self._compute = compute
+        self._readers = readers
+        self._left = 0
+        self._value: _T | None = None
+
+    def read(self) -> _T:
+        value = self._value
+        if value is None:
+            value, self._left = self._compute(), self._readers
+        self._left -= 1
+        self._value = value if self._left else None
+        return value
+
+
+def _why_not(node: ir.Node, group_size: int) -> str | None:
+    """Returns why a linear layer cannot be quantized, or None."""
+    weight = _input(node, 1)
+    if node.op_type == "Gemm":
+        return "it is a Gemm; convert it to MatMul + Add first"
+    if weight.const_value is None or weight.shape is None or len(weight.shape) != 2:
+        return "its weight is not a constant matrix"
+    if weight.dtype != ir.DataType.FLOAT:
+        return f"its weight is {weight.dtype}, not FLOAT"
+    channels = int(weight.shape[0])
+    if channels % group_size:
+        return f"its {channels} input channels are not a multiple of the group size {group_size}"
+    return None
+
+
+def _two_level_parts(weight: ir.Value, group_size: int) -> dict[str, ir.Value]:
+    channels, outputs = _matrix_shape(weight)
+
+    def quantize() -> TwoLevel:
+        return quantize_two_level(_by_output_channel(weight), group_size)
+
+    result = _ReadByAll(quantize, readers=3)
+    groups = channels // group_size
+    int4, uint4, f32 = ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.FLOAT
+    return {
+        "codes": _part(weight, "codes", int4, (channels, outputs), lambda: result.read().codes.T),
+        "multipliers": _part(
+            weight, "multipliers", uint4, (groups, outputs), lambda: result.read().multipliers.T
+        ),
+        "steps": _part(weight, "steps", f32, (outputs,), lambda: result.read().steps),
+    }
+
+
+def _int8_parts(weight: ir.Value, group_size: int) -> dict[str, ir.Value]:
+    channels, outputs = _matrix_shape(weight)
+
+    def quantize() -> Grouped8:
+        return quantize_grouped_8bit(_by_output_channel(weight), group_size)
+
+    result = _ReadByAll(quantize, readers=2)
+    shape = (channels // group_size, outputs)
+    int8, f32 = ir.DataType.INT8, ir.DataType.FLOAT
+    return {
+        "codes": _part(weight, "codes", int8, (channels, outputs), lambda: result.read().codes.T),
+        "scales": _part(weight, "scales", f32, shape, lambda: result.read().scales.T),
+    }
+
+
+def _by_output_channel(weight: ir.Value) -> npt.NDArray[np.float32]:
+    if weight.const_value is None:
+        raise TypeError(f"initializer {weight.name} has no tensor")
+    return np.ascontiguousarray(weight.const_value.numpy().T)
+
+
+def _part(
+    weight: ir.Value,
+    part: str,
+    dtype: ir.DataType,
+    shape: tuple[int, ...],
+    read: Callable[[], npt.NDArray[np.generic]],
+) -> ir.Value:
+    name = f"{weight.name}.{part}"
+
+    def evaluate() -> ir.TensorProtocol:
+        return ir.Tensor(np.ascontiguousarray(read()).astype(dtype.numpy(), copy=False), dtype=dtype, name=name)
+
+    lazy = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)
+    return ir.Value(
+        name=name,
+        shape=lazy.shape,
+        type=ir.TensorType(dtype),
+        const_value=lazy,
+        metadata_props=dict(weight.metadata_props),
+    )
+
+
+def _insert(
+    node: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value],
+    suffix: str,
+    attributes: dict[str, int] | None = None,
+    prefix: str | None = None,
+    domain: str = "",
+) -> ir.Value:
+    """Inserts a node before `node` and returns its output; both are named `<prefix or node's name/><suffix>`."""
+    name = f"{prefix if prefix is not None else f'{node.name}/'}{suffix}"
+    new = ir.node(op_type, inputs, attributes, domain=domain, name=name)
+    new.outputs[0].name = name
+    _graph(node).insert_before(node, new)
+    return new.outputs[0]
+
+
+def _graph(node: ir.Node) -> ir.Graph:
+    graph = node.graph
+    if not isinstance(graph, ir.Graph):
+        raise TypeError(f"node {node.name} is not in a graph")
+    return graph
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    if value is None:
+        raise TypeError(f"node {node.name} lacks input {index}")
+    return value
+
+
+def _matrix_shape(weight: ir.Value) -> tuple[int, int]:
+    if weight.shape is None:
+        raise TypeError(f"initializer {weight.name} has no shape")
+    rows, columns = weight.shape.numpy()
+    return rows, columns

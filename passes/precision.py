@@ -1,0 +1,55 @@
+"""Reads back in which precision each linear layer of a graph really runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class RealizedPrecision:
+    """One linear layer as the graph computes it.
+
+    Attributes:
+        node: Name of the MatMul node.
+        weight: Name of the initializer that holds the weight or its codes.
+        precision: `w4a4`, `w8a16`, `float32`, ...: bits of weights and of activations; `float16` and `bfloat16` are
+            16-bit storage with float32 arithmetic.
+    """
+
+    node: str
+    weight: str
+    precision: str
+
+
+def realized_precision(model: ir.Model) -> list[RealizedPrecision]:
+    """Returns the linear layers (MatMul or Gemm with a constant weight) of the main graph, in graph order."""
+    layers = []
+    for node in model.graph:
+        if node.op_type not in ("MatMul", "Gemm") or len(node.inputs) < 2:
+            continue
+        weight = _stored(node.inputs[1])
+        if weight is None or weight.dtype is None:
+            continue
+        layers.append(RealizedPrecision(str(node.name), str(weight.name), _precision(node, weight.dtype)))
+    return layers
+
+
+def _precision(node: ir.Node, stored: ir.DataType) -> str:
+    if stored.is_integer():
+        activation = node.inputs[0].producer() if node.inputs[0] is not None else None
+        codes = activation.inputs[0] if activation is not None and activation.op_type == "DequantizeLinear" else None
+        bits = codes.dtype.bitwidth if codes is not None and codes.dtype is not None else 16
+        return f"w{stored.bitwidth}a{bits}"
+    return {ir.DataType.FLOAT: "float32"}.get(stored, stored.name.lower())
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """Returns the initializer behind a weight, through dequantization, cast and transpose."""
+    while value is not None and not value.is_initializer():
+        producer = value.producer()
+        if producer is None or producer.op_type not in ("DequantizeLinear", "Cast", "Transpose"):
+            return None
+        value = producer.inputs[0]
+    return value
