@@ -1,0 +1,26 @@
+"""Model families that can be exported, found by `model_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from qavp_export.errors import CheckpointError
+from qavp_export.families.base import Family, Plan
+from qavp_export.families.llava import Llava
+
+FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in (Llava(),)})
+
+__all__ = ["FAMILIES", "Family", "Plan", "family_for"]
+
+
+def family_for(model_type: str | None) -> Family:
+    """Returns the family of a `model_type`.
+
+    Raises:
+        CheckpointError: No family supports it; the message names those that exist.
+    """
+    if model_type is None or model_type not in FAMILIES:
+        supported = ", ".join(sorted(FAMILIES))
+        raise CheckpointError(f"model_type {model_type!r} in config.json is not supported; supported: {supported}")
+    return FAMILIES[model_type]

@@ -1,0 +1,90 @@
+"""LLaVA-1.5: a CLIP-like vision tower, a two-layer projector and a Llama-like decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qavp_export.errors import CheckpointError
+from qavp_export.families.base import CachedDecoder, Family, MergeEmbedding, Plan, decoder_sizes
+
+
+class LlavaVision(nn.Module):
+    """Vision tower and projector of LLaVA, for one resolution and a batch of images."""
+
+    def __init__(self, model: nn.Module, layers: list[int], drop_first: bool) -> None:
+        """Wraps a `LlavaModel`.
+
+        Args:
+            model: The `LlavaModel`; its own `get_image_features` splits the batch, so its parts are called instead.
+            layers: Indices into the tower's hidden states; several are concatenated.
+            drop_first: Whether the first token ([CLS]) is dropped.
+        """
+        super().__init__()
+        self.model = model
+        self.layers = layers
+        self.drop_first = drop_first
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Returns `image_features [B,N,D]` for `pixel_values [B,3,H,W]`."""
+        states = self.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+        start = 1 if self.drop_first else 0
+        selected = [states[layer][:, start:] for layer in self.layers]
+        features: Tensor = self.model.multi_modal_projector(torch.cat(selected, dim=-1))
+        return features
+
+
+class Llava(Family):
+    """`model_type: llava`."""
+
+    model_type = "llava"
+    description = "LLaVA-1.5 (CLIP tower, MLP projector, Llama / Mistral / Qwen2 decoder)"
+    scorers = ("cls", "received", "norm", "random")
+    renames = (
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^model\.language_model\.model\.", "model.language_model."),
+        (r"^model\.language_model\.lm_head\.", "lm_head."),
+        (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+        (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
+    )
+
+    def plan(self, config: Any) -> Plan:
+        """Returns the sizes of a LLaVA model; see `Family.plan`."""
+        vision = config.vision_config
+        side, patch = int(vision.image_size), int(vision.patch_size)
+        if side % patch:
+            raise CheckpointError(f"config.json: image_size {side} is not a multiple of patch_size {patch}")
+        strategy = config.vision_feature_select_strategy
+        if strategy not in ("default", "full"):
+            raise CheckpointError(
+                f"config.json: vision_feature_select_strategy {strategy!r} is unknown; use 'default' or 'full'"
+            )
+        has_cls = vision.model_type == "clip_vision_model"
+        drop_first = strategy == "default"
+        tokens = (side // patch) ** 2 + int(has_cls) - int(drop_first)
+        return Plan(
+            image_size=(side, side),
+            vision_tokens=tokens,
+            image_token_id=int(config.image_token_id),
+            has_cls_token=has_cls and drop_first,
+            **decoder_sizes(config.text_config),
+        )
+
+    def vision_encoder(self, model: nn.Module) -> nn.Module:
+        """Returns tower and projector; see `Family.vision_encoder`."""
+        config: Any = model.config
+        layer = config.vision_feature_layer
+        layers = [layer] if isinstance(layer, int) else list(layer)
+        return LlavaVision(model.model, layers, config.vision_feature_select_strategy == "default")
+
+    def embedding(self, model: nn.Module) -> nn.Module:
+        """Returns the merging embedding; see `Family.embedding`."""
+        config: Any = model.config
+        return MergeEmbedding(model.model.language_model.embed_tokens, int(config.image_token_id))
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """Returns the language model with its cache unpacked; see `Family.decoder`."""
+        return CachedDecoder(model.model.language_model, model.lm_head)

@@ -1,0 +1,47 @@
+"""Builds a Hugging Face model whose parameters have shapes and no data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import AutoModelForImageTextToText
+
+
+@contextmanager
+def _fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
+    # Only parameters become fake: buffers that no checkpoint holds (rotary frequencies, position ids) are
+    # computed by the model's constructor and must keep their values.
+    register = nn.Module.register_parameter
+
+    def register_fake(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and not isinstance(param, FakeTensor):
+            with mode:
+                fake = torch.empty(param.shape, dtype=param.dtype, device="cpu")
+            self._parameters[name] = nn.Parameter(fake, requires_grad=False)
+
+    nn.Module.register_parameter = register_fake  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def build_skeleton(config: Any) -> tuple[nn.Module, FakeTensorMode]:
+    """Builds the model that `config` describes, in float32, without allocating its weights.
+
+    Args:
+        config: A Hugging Face configuration.
+
+    Returns:
+        The model in evaluation mode and the fake tensor mode that its parameters belong to.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _fake_parameters(mode):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    return model.eval(), mode

@@ -1,0 +1,205 @@
+"""Traces a model's components to ONNX graphs whose weights have names and shapes and no data."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import onnxscript.optimizer
+import onnxscript.rewriter.onnx_fusions
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from qavp_export.families import Family, Plan
+from qavp_export.tracing.naming import PARAMETER, ReadableNames
+
+# Opset 24 makes the exporter decompose RMSNorm and RoPE.
+OPSET = 23
+# Sample sizes; all differ and none is 1, so that no two axes are taken for the same one.
+_BATCH, _SEQUENCE, _PAST = 2, 3, 5
+
+# A parameter's name in the Hugging Face model and its shape -> its tensor.
+WeightSource = Callable[[str, tuple[int, ...]], ir.TensorProtocol]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One export: sample arguments, names of the flattened inputs and outputs, and their dynamic axes."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    dynamic_shapes: tuple[Any, ...]
+    inputs: Mapping[str, tuple[int | str, ...]]
+    outputs: Mapping[str, tuple[int | str, ...]]
+
+
+def trace_components(
+    family: Family, plan: Plan, model: nn.Module, mode: FakeTensorMode, weights: WeightSource
+) -> dict[str, ir.Model]:
+    """Traces vision encoder, embedding and decoder.
+
+    Args:
+        family: The model's family.
+        plan: The model's sizes.
+        model: What `build_skeleton` returned.
+        mode: The fake tensor mode of the model's parameters.
+        weights: Gives the tensor that a parameter's name and shape stand for; a lazy one is not evaluated here.
+
+    Returns:
+        The graphs by component name, opset 23. Parameters are initializers that carry the parameter's name in
+        `metadata_props[PARAMETER]`. The vision grid is static; batch, sequence and past are dynamic.
+    """
+    modules = {id(module): name for name, module in model.named_modules()}
+    with mode:
+        requests = {
+            "vision_encoder": _vision_request(family.vision_encoder(model), plan),
+            "embedding": _embedding_request(family.embedding(model), plan),
+            "decoder": _decoder_request(family.decoder(model), plan),
+        }
+    return {component: _trace(request, mode, modules, weights) for component, request in requests.items()}
+
+
+def _vision_request(module: nn.Module, plan: Plan) -> _Request:
+    height, width = plan.image_size
+    return _Request(
+        module=module,
+        args=(torch.zeros(_BATCH, 3, height, width),),
+        dynamic_shapes=({0: "batch"},),
+        inputs={"pixel_values": ("batch", 3, height, width)},
+        outputs={"image_features": ("batch", plan.vision_tokens, plan.hidden_size)},
+    )
+
+
+def _embedding_request(module: nn.Module, plan: Plan) -> _Request:
+    return _Request(
+        module=module,
+        args=(
+            torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64),
+            torch.zeros(_BATCH + 2, _SEQUENCE + 4, plan.hidden_size),
+        ),
+        dynamic_shapes=({0: "batch", 1: "sequence"}, {0: "images", 1: "tokens_per_image"}),
+        inputs={
+            "input_ids": ("batch", "sequence"),
+            "image_features": ("images", "tokens_per_image", plan.hidden_size),
+        },
+        outputs={"inputs_embeds": ("batch", "sequence", plan.hidden_size)},
+    )
+
+
+def _decoder_request(module: nn.Module, plan: Plan) -> _Request:
+    past_shape = (_BATCH, plan.num_key_value_heads, _PAST, plan.head_dim)
+    past = [(torch.zeros(past_shape), torch.zeros(past_shape)) for _ in range(plan.num_layers)]
+    inputs: dict[str, tuple[int | str, ...]] = {
+        "inputs_embeds": ("batch", "sequence", plan.hidden_size),
+        "attention_mask": ("batch", "total"),
+        "position_ids": ("batch", "sequence"),
+    }
+    outputs: dict[str, tuple[int | str, ...]] = {"logits": ("batch", "sequence", plan.vocab_size)}
+    for layer in range(plan.num_layers):
+        for part in ("key", "value"):
+            heads, channels = plan.num_key_value_heads, plan.head_dim
+            inputs[f"past_key_values.{layer}.{part}"] = ("batch", heads, "past", channels)
+            outputs[f"present.{layer}.{part}"] = ("batch", heads, "total", channels)
+    token_axes = {0: "batch", 1: "sequence"}
+    past_axes = {0: "batch", 2: "past"}
+    return _Request(
+        module=module,
+        args=(
+            torch.zeros(_BATCH, _SEQUENCE, plan.hidden_size),
+            torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.int64),
+            torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64),
+            past,
+        ),
+        dynamic_shapes=(
+            token_axes,
+            {0: "batch", 1: "total"},
+            token_axes,
+            [(past_axes, past_axes) for _ in range(plan.num_layers)],
+        ),
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
+def _trace(
+    request: _Request, mode: FakeTensorMode, modules: Mapping[int, str], weights: WeightSource
+) -> ir.Model:
+    # Found through the owning module, not the tensor: tied parameters are one tensor with two names.
+    by_local_name = {
+        f"{local}.{leaf}" if local else leaf: f"{modules[id(module)]}.{leaf}".lstrip(".")
+        for local, module in request.module.named_modules()
+        for leaf, _ in module.named_parameters(recurse=False)
+    }
+    with mode, torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            request.module.eval(),
+            request.args,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+            dynamic_shapes=request.dynamic_shapes,
+            input_names=list(request.inputs),
+            output_names=list(request.outputs),
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    model = program.model
+    _simplify(model, by_local_name, weights)
+    _set_shapes(model.graph.inputs, request.inputs)
+    _set_shapes(model.graph.outputs, request.outputs)
+    ReadableNames()(model)
+    return model
+
+
+def _simplify(model: ir.Model, parameter_names: Mapping[str, str], weights: WeightSource) -> None:
+    """Folds constants and fuses norms and rotary embeddings without touching a parameter."""
+    graph = model.graph
+    fake = [
+        value
+        for value in graph.initializers.values()
+        if isinstance(getattr(value.const_value, "raw", None), FakeTensor)
+    ]
+    # As graph inputs, parameters have no value that an optimizer could fold, transpose or merge.
+    for value in fake:
+        graph.initializers.pop(value.name)  # type: ignore[arg-type]
+        value.const_value = None
+        graph.inputs.append(value)
+    onnxscript.optimizer.optimize_ir(model)
+    onnxscript.rewriter.onnx_fusions.fuse(model)
+    common_passes.CommonSubexpressionEliminationPass()(model)
+    for value in fake:
+        graph.inputs.remove(value)
+        if value.uses():
+            parameter = parameter_names[str(value.name)]
+            value.metadata_props[PARAMETER] = parameter
+            value.const_value = weights(parameter, tuple(int(size) for size in value.shape or ()))
+            graph.register_initializer(value)
+
+
+def _set_shapes(values: Any, shapes: Mapping[str, tuple[int | str, ...]]) -> None:
+    for value, (name, shape) in zip(values, shapes.items(), strict=True):
+        if value.name != name:
+            raise RuntimeError(f"the exporter named {name} {value.name}")
+        value.shape = ir.Shape(shape)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # The exporter reports missing optional packages and its own deprecations: nothing a user can act on.
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
