@@ -1,0 +1,181 @@
+"""The bundle's manifest, `qavp.json`: what a bundle holds, how it was made, and what was measured.
+
+Standard library only: the exporter writes it and the production runtime, which has neither torch nor pydantic,
+reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qavp_export.errors import BundleError
+
+MANIFEST_NAME = "qavp.json"
+SCHEMA_VERSION = 1
+
+_Section = TypeVar("_Section")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a component: its name, ONNX dtype name and shape (a string is a dynamic axis)."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One ONNX graph of the bundle.
+
+    Attributes:
+        file: Path of the graph inside the bundle, with forward slashes.
+        inputs: Graph inputs in order.
+        outputs: Graph outputs in order.
+    """
+
+    file: str
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+
+@dataclass(frozen=True)
+class VisionTokens:
+    """What happens to the vision tokens of one image.
+
+    Attributes:
+        before: Tokens per image that the vision projector yields (N).
+        after: Tokens per image that reach the decoder (k): the number of placeholders per image in a prompt.
+        image_token: The placeholder's text.
+        image_token_id: The placeholder's token id.
+        positions: `contiguous` or `original`: how position ids of the shortened prompt are numbered.
+    """
+
+    before: int
+    after: int
+    image_token: str
+    image_token_id: int
+    positions: str
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """Sizes of the decoder that the runtime needs.
+
+    Attributes:
+        num_layers: Number of `past_key_values.%d` pairs.
+        num_key_value_heads: Heads of each key and value.
+        head_dim: Channels of each head.
+        hidden_size: Channels of `inputs_embeds` and `image_features`.
+        vocab_size: Last axis of `logits`.
+        context_length: Longest sequence of vision and text tokens, prompt and answer together.
+        eos_token_ids: Ids that end an answer.
+        pad_token_id: Id used for left padding.
+    """
+
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    eos_token_ids: list[int]
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle: path with forward slashes, size in bytes, SHA-256 in hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that `qavp.json` says.
+
+    Attributes:
+        source: The model as the user named it (a folder is given by its last component only).
+        family: The model family that exported it, for example `llava`.
+        recipe: The recipe, field by field.
+        vision_tokens: Tokens before and after pruning.
+        decoder: Sizes of the decoder.
+        components: The graphs by component name: `vision_encoder`, `embedding`, `decoder`.
+        precision: Realized precision by layer, for example `{"/model/layers.0/mlp/up_proj/MatMul": "w4a4"}`.
+        checkpoint_bytes: Size of the checkpoint's tensors.
+        parity: What the parity check compared and found.
+        versions: Versions of qavp-export and the libraries that wrote the graphs.
+        files: Every other file of the bundle.
+        schema_version: Version of this layout.
+    """
+
+    source: str
+    family: str
+    recipe: dict[str, Any]
+    vision_tokens: VisionTokens
+    decoder: DecoderSpec
+    components: dict[str, Component]
+    precision: dict[str, str]
+    checkpoint_bytes: int
+    parity: dict[str, Any]
+    versions: dict[str, str]
+    files: list[FileEntry] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """Returns the manifest as indented JSON that ends with a newline."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, bundle: Path) -> Manifest:
+        """Reads the manifest of a bundle folder.
+
+        Raises:
+            BundleError: The folder holds no manifest, or one that this version cannot read.
+        """
+        path = bundle / MANIFEST_NAME
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise BundleError(
+                f"{bundle} is not a bundle: it has no {MANIFEST_NAME}; make one with qavp-export"
+            ) from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from error
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{path} has schema version {version!r}, this qavp-export reads {SCHEMA_VERSION}; "
+                "export the bundle again or install the version that wrote it"
+            )
+        try:
+            return cls._from_dict(data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{path} is incomplete ({error}); export the bundle again") from error
+
+    @classmethod
+    def _from_dict(cls, data: dict[str, Any]) -> Manifest:
+        fields = dict(data)
+        fields["vision_tokens"] = _section(VisionTokens, data["vision_tokens"])
+        fields["decoder"] = _section(DecoderSpec, data["decoder"])
+        fields["components"] = {
+            name: Component(
+                file=value["file"],
+                inputs=[_section(TensorSpec, spec) for spec in value["inputs"]],
+                outputs=[_section(TensorSpec, spec) for spec in value["outputs"]],
+            )
+            for name, value in data["components"].items()
+        }
+        fields["files"] = [_section(FileEntry, entry) for entry in data["files"]]
+        return cls(**fields)
+
+
+def _section(kind: type[_Section], data: dict[str, Any]) -> _Section:
+    return kind(**data)

@@ -1,0 +1,75 @@
+"""Makes the choices that a recipe leaves open, and checks that it fits the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qavp_export.errors import RecipeError
+from qavp_export.families import Family, Plan
+from qavp_export.numerics.select import tokens_to_keep
+from qavp_export.numerics.two_level import largest_group_size
+from qavp_export.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A recipe with every choice made.
+
+    Attributes:
+        recipe: The recipe.
+        semantic: The scorer, chosen.
+        group_size: Channels that share a scale, in the score and in the decoder.
+        tokens_kept: Vision tokens kept per image (k).
+    """
+
+    recipe: Recipe
+    semantic: str
+    group_size: int
+    tokens_kept: int
+
+    def resolved(self) -> dict[str, Any]:
+        """Returns the recipe's fields with the choices filled in, as the manifest stores them."""
+        return self.recipe.model_dump() | {"semantic": self.semantic, "group_size": self.group_size}
+
+
+def settle(recipe: Recipe, family: Family, plan: Plan) -> Settings:
+    """Fills in a recipe for a model; reads no weight.
+
+    Raises:
+        RecipeError: The recipe does not fit: a scorer that the model cannot serve, a group size that does not divide
+            its channels.
+    """
+    semantic = recipe.semantic or family.scorers[0]
+    if semantic not in family.scorers:
+        raise RecipeError(f"semantic {semantic!r} is not available for {family.model_type}: use {_listed(family.scorers)}")
+    if semantic == "cls" and not plan.has_cls_token:
+        if recipe.semantic is not None:
+            raise RecipeError("semantic 'cls' needs a vision tower with a [CLS] token; use 'received'")
+        semantic = "received"
+    return Settings(
+        recipe=recipe,
+        semantic=semantic,
+        group_size=_group_size(recipe, plan),
+        tokens_kept=tokens_to_keep(plan.vision_tokens, recipe.keep),
+    )
+
+
+def _group_size(recipe: Recipe, plan: Plan) -> int:
+    scored = recipe.keep < 1
+    quantized = recipe.decoder == "w4a4" or recipe.lm_head == "w8a16"
+    channels = {plan.hidden_size} if scored or quantized else set()
+    if recipe.decoder == "w4a4":
+        channels |= {plan.intermediate_size, plan.num_attention_heads * plan.head_dim}
+    if recipe.group_size is None:
+        return largest_group_size(tuple(sorted(channels)))
+    for count in sorted(channels):
+        if count % recipe.group_size:
+            raise RecipeError(
+                f"group_size {recipe.group_size} does not divide the model's {count} channels; leave it out to choose one"
+            )
+    return recipe.group_size
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names)
