@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
+from qavp_export.engines import Engine, EngineOptions, FloatArray, IntArray, load_engine
 from qavp_export.families import Plan
+from qavp_export.manifest import Manifest
 from qavp_export.numerics.score import hybrid_token_score
 from qavp_export.numerics.select import select_topk
 from qavp_export.numerics.semantic import norm_relevance, random_relevance
@@ -25,8 +26,6 @@ from qavp_export.numerics.two_level import quantize_grouped_8bit, quantize_two_l
 from qavp_export.settings import Settings
 
 Verdict = Literal["PASS", "FAIL", "NOT COMPARED"]
-Array = npt.NDArray[Any]
-Float32 = npt.NDArray[np.float32]
 
 # Float graphs differ from torch by the order of sums. Relative to the largest logit.
 FLOAT_TOLERANCE = 1e-3
@@ -69,31 +68,8 @@ class Parity:
         return asdict(self)
 
 
-class Graphs:
-    """The three canonical graphs in ONNX Runtime, without graph optimization: the arithmetic as it is written."""
-
-    def __init__(self, bundle: Path) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        # Fusions of quantized layers move results by up to 0.02; parity is about the canonical graph.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        self._sessions = {
-            name: onnxruntime.InferenceSession(
-                bundle / name / "model.onnx", options, providers=["CPUExecutionProvider"]
-            )
-            for name in ("vision_encoder", "embedding", "decoder")
-        }
-
-    def run(self, component: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Runs one component and returns its outputs by name."""
-        session = self._sessions[component]
-        names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
-
-
 def check_parity(
-    checkpoint: Path, bundle: Path, plan: Plan, settings: Settings, quantized: Mapping[str, str]
+    checkpoint: Path, bundle: Path, manifest: Manifest, plan: Plan, settings: Settings, quantized: Mapping[str, str]
 ) -> Parity:
     """Compares the bundle's graphs with the reference on two random images and a padded batch of two prompts.
 
@@ -103,6 +79,7 @@ def check_parity(
     Args:
         checkpoint: The checkpoint folder.
         bundle: The folder that holds the graphs.
+        manifest: The bundle's manifest, `parity` not yet filled in.
         plan: The model's sizes.
         settings: The recipe, with every choice made.
         quantized: Realized precision by Hugging Face module name, for the decoder's linear layers.
@@ -114,23 +91,49 @@ def check_parity(
     if needed > available:
         reason = f"the reference needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free"
         return Parity("NOT COMPARED", reason, "nothing")
-    graphs = Graphs(bundle)
+    # Fusions of quantized layers move results by up to 0.02; parity is about the graph as it is written.
+    engine = load_engine("ort-cpu", bundle, manifest, EngineOptions(graph_optimization="disable"))
     reference = _Reference(checkpoint, plan, settings, quantized)
     rng = np.random.default_rng(settings.recipe.seed)
     pixels = rng.standard_normal((2, 3, *plan.image_size)).astype(np.float32)
 
-    vision = graphs.run("vision_encoder", {"pixel_values": pixels})
+    image_features, kept_indices = engine.encode_images(pixels)
     kept, scores, features = reference.vision(pixels)
-    agreement = _selection_agreement(vision["kept_indices"], kept, scores)
-    chosen = np.take_along_axis(features, vision["kept_indices"][..., None], axis=1)
-    features_max_abs = float(np.max(np.abs(chosen - vision["image_features"])))
+    agreement = _selection_agreement(kept_indices, kept, scores)
+    # From here on both sides see the same tokens, so that a tie does not hide a difference.
+    chosen = np.take_along_axis(features, kept_indices[..., None], axis=1)
+    features_max_abs = float(np.max(np.abs(chosen - image_features)))
 
-    ids, mask = _prompts(rng, plan, settings.tokens_kept)
-    embeds = graphs.run("embedding", {"input_ids": ids, "image_features": vision["image_features"]})["inputs_embeds"]
-    actual = _decode_graph(graphs, embeds, mask, plan)
-    expected = reference.decode(ids, torch.from_numpy(chosen), mask)
-    valid = np.concatenate([mask.astype(bool), np.ones((len(mask), 1), dtype=bool)], axis=1)
+    prompts = _prompts(rng, plan, settings.tokens_kept)
+    actual = _run_engine(engine, prompts, image_features)
+    expected = reference.decode(prompts, torch.from_numpy(chosen))
+    valid = np.concatenate([prompts.mask, np.ones_like(prompts.next_ids)], axis=1).astype(bool)
     return _judge(actual[valid], expected[valid], agreement, features_max_abs, settings)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Two prompts, left padded, and the token that follows each.
+
+    Attributes:
+        ids: Token ids `[2,S]`.
+        mask: 1 for tokens, 0 for padding `[2,S]`.
+        next_ids: `[2,1]`.
+    """
+
+    ids: IntArray
+    mask: IntArray
+    next_ids: IntArray
+
+    @property
+    def positions(self) -> IntArray:
+        """Position ids `[2,S]`."""
+        return np.maximum(np.cumsum(self.mask, axis=1) - 1, 0)
+
+    @property
+    def grown_mask(self) -> IntArray:
+        """Mask `[2,S+1]` of prompt and next token."""
+        return np.concatenate([self.mask, np.ones_like(self.next_ids)], axis=1)
 
 
 class _Reference:
@@ -153,7 +156,7 @@ class _Reference:
         for name, precision in quantized.items():
             _fake_quantize(model.get_submodule(name), precision, settings.group_size)
 
-    def vision(self, pixels: Float32) -> tuple[Array, Float32, Float32]:
+    def vision(self, pixels: FloatArray) -> tuple[IntArray, FloatArray, FloatArray]:
         """Returns kept indices `[B,k]`, scores `[B,N]` and unpruned features `[B,N,D]`."""
         recipe, settings = self._settings.recipe, self._settings
         with torch.no_grad():
@@ -172,7 +175,7 @@ class _Reference:
         )
         return select_topk(scores, settings.tokens_kept), scores, features
 
-    def _semantic(self, pixels: Float32, features: Float32) -> Float32:
+    def _semantic(self, pixels: FloatArray, features: FloatArray) -> FloatArray:
         if self._settings.semantic == "norm":
             return norm_relevance(features)
         if self._settings.semantic == "random":
@@ -183,33 +186,35 @@ class _Reference:
         layer = self._model.config.vision_feature_layer
         last = layer if isinstance(layer, int) else layer[-1]
         # hidden_states[i] is the output of layer i - 1.
-        weights: Float32 = attentions[last if last < 0 else last - 1].numpy()
+        weights: FloatArray = attentions[last if last < 0 else last - 1].numpy()
         first = int(self._plan.has_cls_token)
         if self._settings.semantic == "cls":
             return weights[:, :, 0, first:].mean(axis=1)
         return weights[:, :, first:, first:].mean(axis=(1, 2))
 
-    def decode(self, ids: Array, features: torch.Tensor, mask: Array) -> Float32:
+    def decode(self, prompts: _Prompts, features: torch.Tensor) -> FloatArray:
         """Returns logits `[B,S+1,V]` of a prefill and of one more token on its cache."""
         text = self._model.model.language_model
         with torch.no_grad():
-            tokens = torch.from_numpy(ids)
-            embeds = text.embed_tokens(tokens)
-            embeds[tokens == self._plan.image_token_id] = features.reshape(-1, features.shape[-1])
-            attention, positions = torch.from_numpy(mask), torch.from_numpy(_positions(mask))
+            ids, next_ids = torch.from_numpy(prompts.ids), torch.from_numpy(prompts.next_ids)
+            embeds = text.embed_tokens(ids)
+            embeds[ids == self._plan.image_token_id] = features.reshape(-1, features.shape[-1])
+            positions = torch.from_numpy(prompts.positions)
             prefill = text(
-                inputs_embeds=embeds, attention_mask=attention, position_ids=positions, use_cache=True
+                inputs_embeds=embeds,
+                attention_mask=torch.from_numpy(prompts.mask),
+                position_ids=positions,
+                use_cache=True,
             )
-            grown = torch.cat([attention, torch.ones(len(mask), 1, dtype=torch.int64)], dim=1)
             step = text(
-                inputs_embeds=embeds[:, -1:],
-                attention_mask=grown,
+                input_ids=next_ids,
+                attention_mask=torch.from_numpy(prompts.grown_mask),
                 position_ids=positions[:, -1:] + 1,
                 past_key_values=prefill.past_key_values,
                 use_cache=True,
             )
             hidden = torch.cat([prefill.last_hidden_state, step.last_hidden_state], dim=1)
-            logits: Float32 = self._model.lm_head(hidden).numpy()
+            logits: FloatArray = self._model.lm_head(hidden).numpy()
         return logits
 
 
@@ -230,42 +235,30 @@ def _fake_quantize(layer: nn.Module, precision: str, group_size: int) -> None:
     layer.weight = nn.Parameter(torch.from_numpy(values), requires_grad=False)
 
 
-def _prompts(rng: np.random.Generator, plan: Plan, tokens_kept: int) -> tuple[Array, Array]:
-    """Returns ids and mask `[2,S]`: one image each, different lengths, left padding."""
+def _prompts(rng: np.random.Generator, plan: Plan, tokens_kept: int) -> _Prompts:
+    """Returns two prompts with one image each and text of different lengths."""
     text_ids = np.array([token for token in range(plan.vocab_size) if token != plan.image_token_id])
     image = np.full(tokens_kept, plan.image_token_id)
-    rows = []
-    for length in _TEXT_LENGTHS:
-        before, after = rng.choice(text_ids, 2), rng.choice(text_ids, length)
-        rows.append(np.concatenate([before, image, after]))
+    rows = [
+        np.concatenate([rng.choice(text_ids, 2), image, rng.choice(text_ids, length)]) for length in _TEXT_LENGTHS
+    ]
     width = max(map(len, rows))
-    ids = np.stack([np.pad(row, (width - len(row), 0), constant_values=text_ids[0]) for row in rows])
-    mask = np.stack([np.pad(np.ones(len(row), np.int64), (width - len(row), 0)) for row in rows])
-    return ids.astype(np.int64), mask
+    ids = [np.pad(row, (width - len(row), 0), constant_values=text_ids[0]) for row in rows]
+    mask = [np.pad(np.ones_like(row), (width - len(row), 0)) for row in rows]
+    next_ids = rng.choice(text_ids, (len(rows), 1))
+    return _Prompts(np.stack(ids).astype(np.int64), np.stack(mask).astype(np.int64), next_ids.astype(np.int64))
 
 
-def _positions(mask: Array) -> Array:
-    return np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-
-
-def _decode_graph(graphs: Graphs, embeds: Float32, mask: Array, plan: Plan) -> Float32:
+def _run_engine(engine: Engine, prompts: _Prompts, image_features: FloatArray) -> FloatArray:
     """Returns logits `[B,S+1,V]` of the same two steps as `_Reference.decode`."""
-    batch = len(mask)
-    names = [f"{layer}.{part}" for layer in range(plan.num_layers) for part in ("key", "value")]
-    empty = np.zeros((batch, plan.num_key_value_heads, 0, plan.head_dim), np.float32)
-    positions = _positions(mask)
-    feeds = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
-    prefill = graphs.run("decoder", feeds | {f"past_key_values.{name}": empty for name in names})
-    feeds = {
-        "inputs_embeds": embeds[:, -1:],
-        "attention_mask": np.concatenate([mask, np.ones((batch, 1), np.int64)], axis=1),
-        "position_ids": positions[:, -1:] + 1,
-    }
-    step = graphs.run("decoder", feeds | {f"past_key_values.{n}": prefill[f"present.{n}"] for n in names})
-    return np.concatenate([prefill["logits"], step["logits"]], axis=1)
+    session = engine.start()
+    embeds = engine.embed(prompts.ids, image_features)
+    prefill = session.prefill(embeds, prompts.mask, prompts.positions)
+    step = session.decode(prompts.next_ids, prompts.grown_mask, prompts.positions[:, -1:] + 1)
+    return np.concatenate([prefill, step], axis=1)
 
 
-def _selection_agreement(actual: Array, expected: Array, scores: Float32) -> float:
+def _selection_agreement(actual: IntArray, expected: IntArray, scores: FloatArray) -> float:
     """Returns the fraction of equal kept indices; a swap of two tied tokens counts as equal."""
     equal = 0
     for ours, theirs, row in zip(actual, expected, scores, strict=True):
@@ -276,7 +269,7 @@ def _selection_agreement(actual: Array, expected: Array, scores: Float32) -> flo
 
 
 def _judge(
-    actual: Float32, expected: Float32, agreement: float, features_max_abs: float, settings: Settings
+    actual: FloatArray, expected: FloatArray, agreement: float, features_max_abs: float, settings: Settings
 ) -> Parity:
     difference = np.abs(actual.astype(np.float64) - expected)
     norms = np.linalg.norm(actual.astype(np.float64)) * np.linalg.norm(expected.astype(np.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from qavp_export.checkpoint import Checkpoint
 from qavp_export.errors import CheckpointError, ParityError, QavpError
 from qavp_export.families import Family, Plan, family_for
 from qavp_export.manifest import Component, DecoderSpec, Manifest, VisionTokens
-from qavp_export.parity import Parity, check_parity
+from qavp_export.parity import check_parity
 from qavp_export.passes import (
     W4A4,
     W8A16,
@@ -90,14 +91,14 @@ def export(
             for component, graph in graphs.items()
         }
         writer.copy(source.checkpoint.extra_files())
+        manifest = _manifest(source, settings, components, graphs)
         progress("compare with PyTorch", 0, 1)
-        parity = check_parity(
-            folder, writer.folder, source.plan, settings, _quantized_modules(graphs["decoder"])
-        )
+        modules = _quantized_modules(graphs["decoder"])
+        parity = check_parity(folder, writer.folder, manifest, source.plan, settings, modules)
         if parity.verdict == "FAIL":
             raise ParityError(f"the exported graphs differ from PyTorch: {parity.reason}; please report this")
         progress("finish", 0, 1)
-        return writer.commit(_manifest(source, settings, components, graphs, parity))
+        return writer.commit(dataclasses.replace(manifest, parity=parity.to_dict()))
 
 
 def open_source(folder: Path, name: str) -> Source:
@@ -207,7 +208,6 @@ def _manifest(
     settings: Settings,
     components: dict[str, Component],
     graphs: Mapping[str, ir.Model],
-    parity: Parity,
 ) -> Manifest:
     plan, folder = source.plan, source.checkpoint.folder
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -241,7 +241,7 @@ def _manifest(
             for layer in realized_precision(graph)
         },
         checkpoint_bytes=source.checkpoint.total_bytes,
-        parity=parity.to_dict(),
+        parity={},
         versions=_versions(),
     )
 

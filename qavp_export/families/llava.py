@@ -55,8 +55,6 @@ class Llava(Family):
         """Returns the sizes of a LLaVA model; see `Family.plan`."""
         vision = config.vision_config
         side, patch = int(vision.image_size), int(vision.patch_size)
-        if side % patch:
-            raise CheckpointError(f"config.json: image_size {side} is not a multiple of patch_size {patch}")
         strategy = config.vision_feature_select_strategy
         if strategy not in ("default", "full"):
             raise CheckpointError(
@@ -64,6 +62,7 @@ class Llava(Family):
             )
         has_cls = vision.model_type == "clip_vision_model"
         drop_first = strategy == "default"
+        # The patch convolution drops what is left of an image that is not a multiple of the patch size.
         tokens = (side // patch) ** 2 + int(has_cls) - int(drop_first)
         return Plan(
             image_size=(side, side),

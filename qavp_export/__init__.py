@@ -1,0 +1,23 @@
+"""Export LLaVA-family models to pruned, integer W4A4 ONNX bundles, and run them.
+
+`QavpModel` is all that production needs; it is imported on first use, and imports neither torch nor the exporter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qavp_export.runtime import QavpModel
+
+__all__ = ["QavpModel", "__version__"]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "QavpModel":
+        from qavp_export.runtime import QavpModel
+
+        return QavpModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

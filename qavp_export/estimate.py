@@ -1,0 +1,110 @@
+"""What an export will yield, from config.json alone: nothing is read but the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from qavp_export.families import Family, Plan
+from qavp_export.settings import Settings
+from qavp_export.tracing import build_skeleton
+
+# Interpreter, torch, transformers and the traced graphs, before any weight (measured, demo model).
+_BASE_BYTES = 700 << 20
+# Bytes in flight per element of the weight being quantized: float16 and float32 copies, transposed, codes.
+_BYTES_PER_ELEMENT_IN_FLIGHT = 28
+# The comparison with PyTorch holds the model in float32 beside its mapped file.
+_REFERENCE_FACTOR = 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The plan that `--dry-run` prints.
+
+    Attributes:
+        vision_tokens_before: Vision tokens per image from the projector (N).
+        vision_tokens_after: Vision tokens per image that reach the decoder (k).
+        semantic: Semantic scorer.
+        group_size: Channels that share a scale.
+        decoder_layers: Decoder layers.
+        quantized_linears: Linear layers at W4A4.
+        parameters: Parameters of the model.
+        checkpoint_bytes: Size of the checkpoint's tensors.
+        bundle_bytes: Size of the bundle's graphs and weights.
+        peak_memory_bytes: Peak memory of the export without the comparison.
+        peak_memory_with_parity_bytes: The same with the comparison with PyTorch, which is left out where it
+            does not fit.
+    """
+
+    vision_tokens_before: int
+    vision_tokens_after: int
+    semantic: str
+    group_size: int
+    decoder_layers: int
+    quantized_linears: int
+    parameters: int
+    checkpoint_bytes: int
+    bundle_bytes: int
+    peak_memory_bytes: int
+    peak_memory_with_parity_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON values."""
+        return asdict(self)
+
+
+def estimate(config: Any, family: Family, plan: Plan, settings: Settings) -> Estimate:
+    """Estimates an export.
+
+    Args:
+        config: The Hugging Face configuration.
+        family: The model's family.
+        plan: The model's sizes.
+        settings: The recipe, with every choice made.
+    """
+    skeleton, _ = build_skeleton(config)
+    stored = 4 if str(getattr(config, "dtype", None) or "float16").endswith("float32") else 2
+    decoder = family.decoder(skeleton)
+    quantized = 0
+    linears = 0
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Linear):
+            is_head = name == "lm_head"
+            precision = settings.recipe.lm_head if is_head else settings.recipe.decoder
+            quantized += _linear_bytes(module, precision, settings.group_size, stored)
+            linears += precision == "w4a4"
+    in_decoder = {id(module) for module in decoder.modules() if isinstance(module, nn.Linear)}
+    rest = sum(
+        parameter.numel() * (stored if parameter.dim() > 1 else 4)
+        for module in skeleton.modules()
+        if id(module) not in in_decoder
+        for parameter in module.parameters(recurse=False)
+    )
+    sizes = [parameter.numel() for parameter in skeleton.parameters()]
+    peak = _BASE_BYTES + _BYTES_PER_ELEMENT_IN_FLIGHT * max(sizes)
+    return Estimate(
+        vision_tokens_before=plan.vision_tokens,
+        vision_tokens_after=settings.tokens_kept,
+        semantic=settings.semantic,
+        group_size=settings.group_size,
+        decoder_layers=plan.num_layers,
+        quantized_linears=linears,
+        parameters=sum(sizes),
+        checkpoint_bytes=sum(sizes) * stored,
+        bundle_bytes=quantized + rest,
+        peak_memory_bytes=peak,
+        peak_memory_with_parity_bytes=max(peak, _BASE_BYTES + _REFERENCE_FACTOR * sum(sizes) * stored),
+    )
+
+
+def _linear_bytes(module: nn.Linear, precision: str, group_size: int, stored: int) -> int:
+    elements, outputs = module.weight.numel(), module.out_features
+    groups = elements // group_size
+    bias = 4 * outputs if module.bias is not None else 0
+    if precision == "w4a4":
+        return elements // 2 + groups // 2 + 4 * outputs + bias
+    if precision == "w8a16":
+        return elements + 4 * groups + bias
+    return elements * stored + bias

@@ -1,0 +1,33 @@
+"""Checks a bundle that is already on disk: every hash, every graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+from qavp_export.bundle import verify_files
+from qavp_export.engines import EngineOptions, load_engine
+from qavp_export.errors import BundleError
+from qavp_export.manifest import Manifest
+
+
+def verify(bundle: Path) -> Manifest:
+    """Re-checks every hash of a bundle and loads every graph.
+
+    Returns:
+        The bundle's manifest.
+
+    Raises:
+        BundleError: A file is missing, changed or not listed, or a graph is not valid; the message names it.
+    """
+    manifest = Manifest.read(bundle)
+    verify_files(bundle, manifest)
+    for component in manifest.components.values():
+        path = bundle / component.file
+        try:
+            onnx.checker.check_model(path)
+        except (onnx.checker.ValidationError, OSError, ValueError) as error:
+            raise BundleError(f"{path} is not a valid graph ({error}); export the bundle again") from error
+    load_engine("ort-cpu", bundle, manifest, EngineOptions())
+    return manifest
