@@ -128,6 +128,9 @@ class PlaceQdq(RewritePass):
         blocked = {"axis": -1, "block_size": self.group_size}
         scale = _insert(node, OP_TYPE, [x], OP_TYPE, {"group_size": self.group_size}, prefix, DOMAIN)
         scale.dtype = ir.DataType.FLOAT
+        if x.shape is not None:
+            channels, _ = _matrix_shape(_input(node, 1))
+            scale.shape = ir.Shape((*x.shape[:-1], channels // self.group_size))
         codes = _insert(
             node,
             "QuantizeLinear",

@@ -59,18 +59,25 @@ def _store(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
     shared: ir.Value | None = None
     for node, index in users:
         if node.op_type == "Gather" and index == 0:
-            gathered = node.outputs[0]
-            gathered.dtype = dtype
-            cast = _cast(f"{node.name}/Cast", gathered)
-            graph.insert_after(node, cast)
-            gathered.replace_all_uses_with(cast.outputs[0])
-            cast.replace_input_with(0, gathered)
+            node.outputs[0].dtype = dtype
+            _cast_after(graph, node)
             continue
         if shared is None:
             cast = _cast(f"{node.name}/weight/Cast", value)
             graph.insert_before(node, cast)
             shared = cast.outputs[0]
         node.replace_input_with(index, shared)
+
+
+def _cast_after(graph: ir.Graph, node: ir.Node) -> None:
+    gathered = node.outputs[0]
+    cast = _cast(f"{node.name}/Cast", gathered)
+    graph.insert_after(node, cast)
+    if gathered.is_graph_output():
+        # The interface keeps its name.
+        cast.outputs[0].name, gathered.name = gathered.name, f"{gathered.name}.stored"
+    gathered.replace_all_uses_with(cast.outputs[0], replace_graph_outputs=True)
+    cast.replace_input_with(0, gathered)
 
 
 def _cast(name: str, value: ir.Value) -> ir.Node:

@@ -82,8 +82,7 @@ def export(
     with BundleWriter(target, force=force) as writer:
         source = open_source(folder, name)
         settings = settle(recipe, source.family, source.plan)
-        progress("trace", 0, 1)
-        graphs, weights = trace(source)
+        graphs, weights = trace(source, _stage(progress, "trace"))
         progress("rewrite", 0, 1)
         rewrite(graphs, settings, source, weights)
         components = {
@@ -126,7 +125,9 @@ def read_plan(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Family, Pla
         raise CheckpointError(f"{folder / 'config.json'} is not valid: {_one_line(error)}") from error
 
 
-def trace(source: Source) -> tuple[dict[str, ir.Model], CheckpointWeights]:
+def trace(
+    source: Source, progress: Callable[[int, int], None]
+) -> tuple[dict[str, ir.Model], CheckpointWeights]:
     """Traces the three components; their initializers are lazy tensors of the checkpoint.
 
     Raises:
@@ -134,7 +135,7 @@ def trace(source: Source) -> tuple[dict[str, ir.Model], CheckpointWeights]:
     """
     skeleton, mode = build_skeleton(source.config)
     weights = CheckpointWeights(source.checkpoint, source.family, skeleton)
-    graphs = trace_components(source.family, source.plan, skeleton, mode, weights.tensor)
+    graphs = trace_components(source.family, source.plan, skeleton, mode, weights.tensor, progress)
     weights.check(_parameters(graphs))
     return graphs, weights
 

@@ -41,7 +41,12 @@ class _Request:
 
 
 def trace_components(
-    family: Family, plan: Plan, model: nn.Module, mode: FakeTensorMode, weights: WeightSource
+    family: Family,
+    plan: Plan,
+    model: nn.Module,
+    mode: FakeTensorMode,
+    weights: WeightSource,
+    progress: Callable[[int, int], None],
 ) -> dict[str, ir.Model]:
     """Traces vision encoder, embedding and decoder.
 
@@ -51,6 +56,7 @@ def trace_components(
         model: What `build_skeleton` returned.
         mode: The fake tensor mode of the model's parameters.
         weights: Gives the tensor that a parameter's name and shape stand for; a lazy one is not evaluated here.
+        progress: Called with the number of components traced, and how many there are.
 
     Returns:
         The graphs by component name, opset 23. Parameters are initializers that carry the parameter's name in
@@ -63,7 +69,11 @@ def trace_components(
             "embedding": _embedding_request(family.embedding(model), plan),
             "decoder": _decoder_request(family.decoder(model), plan),
         }
-    return {component: _trace(request, mode, modules, weights) for component, request in requests.items()}
+    graphs = {}
+    for number, (component, request) in enumerate(requests.items()):
+        progress(number, len(requests))
+        graphs[component] = _trace(request, mode, modules, weights)
+    return graphs
 
 
 def _vision_request(module: nn.Module, plan: Plan) -> _Request:

@@ -1,0 +1,155 @@
+"""Engines: what runs a bundle's graphs, one module for each backend, behind one small protocol.
+
+Importing this package imports no backend: `load_engine` imports the one that is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol, cast, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qavp_export.errors import UnavailableError
+from qavp_export.manifest import Manifest
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine opens a bundle.
+
+    Attributes:
+        threads: Threads inside one operator; None leaves the choice to the backend.
+        graph_optimization: What the backend may rewrite on load: `disable`, `basic`, `extended` or `all`.
+    """
+
+    threads: int | None = None
+    graph_optimization: str = "all"
+
+
+class DecoderSession(Protocol):
+    """One running generation: the decoder and the key/value cache of its batch."""
+
+    def prefill(
+        self, inputs_embeds: FloatArray, attention_mask: IntArray, position_ids: IntArray
+    ) -> FloatArray:
+        """Runs the prompts and fills the cache.
+
+        Args:
+            inputs_embeds: Embedded prompts, left padded `[B, S, D]`.
+            attention_mask: 1 for a token, 0 for padding `[B, S]`.
+            position_ids: Position of each token `[B, S]`.
+
+        Returns:
+            Logits `[B, S, V]`.
+        """
+
+    def decode(self, input_ids: IntArray, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
+        """Appends one text token to every sequence.
+
+        Args:
+            input_ids: The tokens `[B, 1]`; none of them an image placeholder.
+            attention_mask: 1 for a token, 0 for padding, cache included `[B, past + 1]`.
+            position_ids: Position of each token `[B, 1]`.
+
+        Returns:
+            Logits `[B, 1, V]`.
+        """
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A bundle opened by one backend. Serves calls from several threads at once."""
+
+    def encode_images(self, pixel_values: FloatArray) -> tuple[FloatArray, IntArray]:
+        """Runs the vision encoder on `[I, 3, H, W]`.
+
+        Returns:
+            The surviving tokens `[I, k, D]` and their raster positions in the unpruned grid `[I, k]`.
+        """
+
+    def embed(self, input_ids: IntArray, image_features: FloatArray) -> FloatArray:
+        """Embeds `[B, S]` ids and puts the images' tokens at their placeholders.
+
+        Args:
+            input_ids: Token ids with k placeholders for each image.
+            image_features: Tokens of the images in the order of their placeholders `[I, k, D]`.
+
+        Returns:
+            Embeddings `[B, S, D]`.
+        """
+
+    def start(self) -> DecoderSession:
+        """Starts a generation with an empty cache."""
+
+
+class EngineFactory(Protocol):
+    """What an engine's class is called with."""
+
+    def __call__(self, bundle: Path, manifest: Manifest, options: EngineOptions) -> Engine:
+        """Opens the bundle; raises BundleError if its graphs cannot be opened."""
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """Where an engine lives and what it needs.
+
+    Attributes:
+        module: Module that holds the class.
+        attribute: Name of the class.
+        requires: Module that must be importable.
+        install: Distribution that provides it.
+    """
+
+    module: str
+    attribute: str
+    requires: str
+    install: str
+
+
+ENGINES: Mapping[str, EngineEntry] = MappingProxyType(
+    {
+        "ort-cpu": EngineEntry(
+            module="qavp_export.engines.ort",
+            attribute="OrtCpuEngine",
+            requires="onnxruntime",
+            install="onnxruntime-gpu (onnxruntime on macOS)",
+        )
+    }
+)
+
+
+def available_engines() -> list[str]:
+    """Returns the names of the engines whose backend is installed."""
+    return [name for name, entry in ENGINES.items() if importlib.util.find_spec(entry.requires) is not None]
+
+
+def load_engine(name: str, bundle: Path, manifest: Manifest, options: EngineOptions) -> Engine:
+    """Opens a bundle with the named engine.
+
+    Raises:
+        UnavailableError: The engine is unknown or its backend is not installed.
+        BundleError: The bundle's graphs are missing or cannot be opened.
+    """
+    entry = ENGINES.get(name)
+    if entry is None:
+        raise UnavailableError(
+            f"engine {name!r} does not exist; available here: {', '.join(available_engines()) or 'none'}"
+        )
+    try:
+        module = importlib.import_module(entry.module)
+    except ImportError as error:
+        raise UnavailableError(
+            f"engine {name!r} cannot be imported ({error}); install {entry.install}"
+        ) from error
+    factory = cast(EngineFactory, getattr(module, entry.attribute))
+    return factory(bundle, manifest, options)

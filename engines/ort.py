@@ -1,0 +1,210 @@
+"""ONNX Runtime on the CPU: runs the canonical graphs as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]
+from qavp_export.engines import EngineOptions, FloatArray, IntArray
+
+from qavp_export.errors import BundleError, InputError, QavpError
+from qavp_export.manifest import Manifest
+
+_LEVELS: Mapping[str, ort.GraphOptimizationLevel] = MappingProxyType(
+    {
+        "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    }
+)
+_FATAL = 4
+_Values = dict[str, ort.OrtValue]
+
+
+class OrtCpuEngine:
+    """Runs a bundle's three graphs with ONNX Runtime's CPU provider.
+
+    Sessions are shared by all calls; everything that a generation changes is in its own
+    `OrtDecoderSession`.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, options: EngineOptions) -> None:
+        """Opens the graphs.
+
+        Raises:
+            BundleError: A graph is missing, cannot be opened, or lacks an input or output of the contract.
+            InputError: An option is out of range.
+        """
+        settings = _session_options(options)
+        past, present = _cache_names(manifest.decoder.num_layers)
+        contract = {
+            "vision_encoder": (["pixel_values"], ["image_features", "kept_indices"]),
+            "embedding": (["input_ids", "image_features"], ["inputs_embeds"]),
+            "decoder": (["inputs_embeds", "attention_mask", "position_ids", *past], ["logits", *present]),
+        }
+        self._graphs = {
+            name: _Graph(name, _graph_path(bundle, manifest, name), settings, inputs, outputs)
+            for name, (inputs, outputs) in contract.items()
+        }
+        self._spec = manifest.decoder
+        self._tokens_per_image = manifest.vision_tokens.after
+
+    def encode_images(self, pixel_values: FloatArray) -> tuple[FloatArray, IntArray]:
+        """See `Engine.encode_images`."""
+        outputs = self._graphs["vision_encoder"].run({"pixel_values": _value(pixel_values, np.float32)})
+        return outputs["image_features"].numpy(), outputs["kept_indices"].numpy()
+
+    def embed(self, input_ids: IntArray, image_features: FloatArray) -> FloatArray:
+        """See `Engine.embed`."""
+        inputs = {
+            "input_ids": _value(input_ids, np.int64),
+            "image_features": _value(image_features, np.float32),
+        }
+        embeds: FloatArray = self._graphs["embedding"].run(inputs)["inputs_embeds"].numpy()
+        return embeds
+
+    def start(self) -> OrtDecoderSession:
+        """See `Engine.start`."""
+        no_images = np.zeros((0, self._tokens_per_image, self._spec.hidden_size), np.float32)
+        cache_shape = (self._spec.num_key_value_heads, self._spec.head_dim)
+        return OrtDecoderSession(
+            self._graphs["embedding"],
+            self._graphs["decoder"],
+            self._spec.num_layers,
+            cache_shape,
+            _value(no_images, np.float32),
+        )
+
+
+class OrtDecoderSession:
+    """The decoder with the cache of one generation, held as OrtValues from step to step."""
+
+    def __init__(
+        self,
+        embedding: _Graph,
+        decoder: _Graph,
+        num_layers: int,
+        cache_shape: tuple[int, int],
+        no_images: ort.OrtValue,
+    ) -> None:
+        """Starts with no cache; `cache_shape` is (key/value heads, channels of each head)."""
+        self._embedding = embedding
+        self._decoder = decoder
+        self._past_names, self._present_names = _cache_names(num_layers)
+        self._cache_shape = cache_shape
+        self._no_images = no_images
+        self._cache: _Values = {}
+
+    def prefill(
+        self, inputs_embeds: FloatArray, attention_mask: IntArray, position_ids: IntArray
+    ) -> FloatArray:
+        """See `DecoderSession.prefill`."""
+        heads, channels = self._cache_shape
+        empty = _value(np.zeros((inputs_embeds.shape[0], heads, 0, channels), np.float32), np.float32)
+        self._cache = dict.fromkeys(self._past_names, empty)
+        return self._step(_value(inputs_embeds, np.float32), attention_mask, position_ids)
+
+    def decode(self, input_ids: IntArray, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
+        """See `DecoderSession.decode`."""
+        inputs = {"input_ids": _value(input_ids, np.int64), "image_features": self._no_images}
+        embeds = self._embedding.run(inputs)["inputs_embeds"]
+        return self._step(embeds, attention_mask, position_ids)
+
+    def _step(self, embeds: ort.OrtValue, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
+        outputs = self._decoder.run(
+            {
+                "inputs_embeds": embeds,
+                "attention_mask": _value(attention_mask, np.int64),
+                "position_ids": _value(position_ids, np.int64),
+                **self._cache,
+            }
+        )
+        self._cache = {
+            past: outputs[present]
+            for past, present in zip(self._past_names, self._present_names, strict=True)
+        }
+        logits: FloatArray = outputs["logits"].numpy()
+        return logits
+
+
+class _Graph:
+    """One opened component."""
+
+    def __init__(
+        self, name: str, path: Path, settings: ort.SessionOptions, inputs: list[str], outputs: list[str]
+    ) -> None:
+        """Opens `path` and checks that it has the inputs and outputs of the contract."""
+        self._name = name
+        self._outputs = outputs
+        if not path.is_file():
+            raise BundleError(f"{path} is missing; export the bundle again")
+        try:
+            self._session = ort.InferenceSession(
+                str(path), sess_options=settings, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base class
+            raise BundleError(
+                f"{path} cannot be opened ({_one_line(error)}); export the bundle again"
+            ) from error
+        found_inputs = {value.name for value in self._session.get_inputs()}
+        missing = sorted(found_inputs ^ set(inputs))
+        missing += sorted(set(outputs) - {value.name for value in self._session.get_outputs()})
+        if missing:
+            raise BundleError(
+                f"{path} does not have the inputs and outputs of a {name} ({', '.join(missing[:4])} differ); "
+                "export the bundle again"
+            )
+
+    def run(self, inputs: _Values) -> _Values:
+        """Runs the graph once, without copies between steps."""
+        try:
+            values = self._session.run_with_ort_values(self._outputs, inputs)
+        except Exception as error:  # ONNX Runtime's exceptions share no narrower base class
+            raise QavpError(f"ONNX Runtime failed in the {self._name} ({_one_line(error)})") from error
+        return dict(zip(self._outputs, values, strict=True))
+
+
+def _session_options(options: EngineOptions) -> ort.SessionOptions:
+    if options.graph_optimization not in _LEVELS:
+        raise InputError(
+            f"graph_optimization is {options.graph_optimization!r}; choose one of {', '.join(_LEVELS)}"
+        )
+    if options.threads is not None and options.threads < 1:
+        raise InputError(f"threads is {options.threads}; give 1 or more, or leave it out")
+    settings = ort.SessionOptions()
+    settings.graph_optimization_level = _LEVELS[options.graph_optimization]
+    settings.intra_op_num_threads = options.threads or 0  # 0: one per physical core
+    settings.inter_op_num_threads = 1
+    settings.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    settings.log_severity_level = _FATAL  # failures are raised; the log would only repeat them on stderr
+    # On load, DequantizeLinear -> MatMul becomes MatMulNBits, which by default also rounds activations to 8
+    # bits. 1 keeps them in float32, so that the graph computes what it says.
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return settings
+
+
+def _graph_path(bundle: Path, manifest: Manifest, name: str) -> Path:
+    component = manifest.components.get(name)
+    if component is None:
+        raise BundleError(f"the manifest of {bundle} has no component {name!r}; export the bundle again")
+    relative = PurePosixPath(component.file)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise BundleError(f"the manifest of {bundle} names {component.file!r}, a file outside the bundle")
+    return bundle / relative
+
+
+def _cache_names(num_layers: int) -> tuple[list[str], list[str]]:
+    kinds = [f"{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
+    return [f"past_key_values.{kind}" for kind in kinds], [f"present.{kind}" for kind in kinds]
+
+
+def _value(array: FloatArray | IntArray, dtype: type[np.float32] | type[np.int64]) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, dtype=dtype))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,40 @@
+"""Graph passes: each is one file, one class, one job, and works on any ONNX model.
+
+A pass is called with an `onnx_ir.Model` and rewrites it in place; its result says how many places matched and, for
+places that looked right but were refused, why::
+
+    import onnx_ir as ir
+    from qavp_export.passes import PruneVisionTokens
+
+    model = ir.load("vision.onnx")
+    result = PruneVisionTokens(at="image_features", keep=0.125)(model)
+    ir.save(model, "pruned.onnx")
+"""
+
+from qavp_export.passes._infra import Refusal, RewritePass, RewriteResult
+from qavp_export.passes.fold_weight_transposes import FoldWeightTransposes
+from qavp_export.passes.hybrid_score import InsertHybridScore
+from qavp_export.passes.keep_all_tokens import KeepAllTokens
+from qavp_export.passes.place_qdq import W4A4, W8A16, PlaceQdq, Scheme
+from qavp_export.passes.precision import RealizedPrecision, realized_precision
+from qavp_export.passes.prune_vision_tokens import PruneVisionTokens
+from qavp_export.passes.select_gather import SelectGather
+from qavp_export.passes.store_half import StoreHalf
+
+__all__ = [
+    "W4A4",
+    "W8A16",
+    "FoldWeightTransposes",
+    "InsertHybridScore",
+    "KeepAllTokens",
+    "PlaceQdq",
+    "PruneVisionTokens",
+    "RealizedPrecision",
+    "Refusal",
+    "RewritePass",
+    "RewriteResult",
+    "Scheme",
+    "SelectGather",
+    "StoreHalf",
+    "realized_precision",
+]

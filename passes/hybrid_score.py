@@ -1,0 +1,157 @@
+"""Scores image tokens behind the vision projector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from qavp_export.errors import GraphError, InputError
+from qavp_export.numerics.score import ScoreInput, check_score_settings, default_group_size
+from qavp_export.passes import semantic
+from qavp_export.passes._attention import FusedAttention, OpenAttention, attention_upstream
+from qavp_export.passes._builder import NodeBuilder
+from qavp_export.passes._infra import (
+    RewritePass,
+    RewriteResult,
+    find_value,
+    insert_behind,
+    require_features,
+    require_free_name,
+    require_opset,
+    token_grid,
+    with_shapes,
+)
+from qavp_export.passes.functions import (
+    DOMAIN,
+    HYBRID_TOKEN_SCORE,
+    add_function,
+    hybrid_token_score,
+    token_norm,
+)
+
+MINIMUM_OPSET = 18
+SCORE = f"/prune/score/{HYBRID_TOKEN_SCORE}_output_0"
+PLUGIN_NAMESPACE = "qavp"
+PLUGIN_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    tokens: int
+    width: int
+    group_size: int
+    site: FusedAttention | OpenAttention | None
+    prefix: int
+
+
+class InsertHybridScore(RewritePass):
+    """Adds the hybrid score of image features `[B,N,D]` as the value `SCORE`, `[B,N]` FLOAT.
+
+    1. The semantic scorer's nodes, named `/prune/semantic/...`. `cls` and `received` read the last attention
+       that the features depend on: queries and keys of an `Attention` (or ONNX Runtime's
+       `MultiHeadAttention`), or the Softmax of one that is written out. One token more than N is a [CLS].
+    2. One node `/prune/score/HybridTokenScore` of domain `qavp`: a model-local function of standard
+       operators. Its attributes `plugin_namespace`, `plugin_version` and `aot` let TensorRT run a plugin in
+       its place.
+
+    Nothing else changes. No weight is read; weights may be without data. N, D and the attention's sizes must
+    be static, the batch need not be. Any opset from 18 on will do. Features must be finite and below 1e15 in
+    magnitude: an image with others gets NaN scores.
+
+    Args:
+        at: Name of the image features: what the projector computes, or a graph input.
+        scorer: `cls`, `received`, `norm` or `random`.
+        alpha: Weight of the semantic relevance, in [0, 1].
+        group_size: Channels per simulated INT4 group; None for the largest of 128, 64, 32, 16 that fits D.
+        score_input: `raw` or `rms`.
+        seed: Seed of the scorer `random`.
+
+    Raises:
+        InputError: A setting is out of range.
+        GraphError: When called: the graph lacks what the scorer needs. The model is unchanged then, except
+            for shapes that were inferred.
+    """
+
+    def __init__(
+        self,
+        at: str = "image_features",
+        scorer: semantic.Scorer = "cls",
+        alpha: float = 0.5,
+        group_size: int | None = None,
+        score_input: ScoreInput = "raw",
+        seed: int = 0,
+    ) -> None:
+        semantic.check_scorer(scorer)
+        # A group size divides itself: this checks the other settings before any graph is there.
+        check_score_settings(group_size or 1, 1 if group_size is None else group_size, alpha, score_input)
+        if seed < 0:
+            raise InputError(f"seed is {seed}; it must not be negative")
+        self.at = at
+        self.scorer = scorer
+        self.alpha = alpha
+        self.group_size = group_size
+        self.score_input = score_input
+        self.seed = seed
+
+    def requires(self, model: ir.Model) -> None:
+        """Checks the opset, and that the features are there and were not scored yet."""
+        require_opset(model, MINIMUM_OPSET)
+        require_features(model, self.at)
+        require_free_name(model, SCORE)
+
+    def call(self, model: ir.Model) -> RewriteResult:
+        """Adds the nodes and the function."""
+        features = find_value(model, self.at)
+        plan = with_shapes(model, lambda: self._plan(model, features))
+        opset = model.graph.opset_imports[""]
+        add_function(model, hybrid_token_score(plan.width, opset, self.score_input))
+        if self.scorer == "norm":
+            add_function(model, token_norm(plan.width, opset))
+        nodes = self._build(features, plan)
+        insert_behind(model.graph, features, nodes)
+        return RewriteResult(model, modified=True, matched=1)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Checks that the score is there."""
+        find_value(model, SCORE)
+
+    def _plan(self, model: ir.Model, features: ir.Value) -> _Plan:
+        tokens, width = token_grid(features)
+        group_size = default_group_size(width) if self.group_size is None else self.group_size
+        check_score_settings(width, group_size, self.alpha, self.score_input)
+        if self.scorer not in semantic.ATTENTION_SCORERS:
+            return _Plan(tokens, width, group_size, None, 0)
+        site = attention_upstream(model.graph, features)
+        prefix = semantic.prefix_tokens(site, self.at, tokens, self.scorer)
+        return _Plan(tokens, width, group_size, site, prefix)
+
+    def _build(self, features: ir.Value, plan: _Plan) -> list[ir.Node]:
+        if features.shape is None:
+            raise GraphError(f"{self.at!r} has no known shape")
+        batch = features.shape[0]
+        builder = NodeBuilder("/prune/semantic")
+        if plan.site is not None:
+            relevance = semantic.attention_relevance(builder, plan.site, batch, plan.prefix, self.scorer)
+        elif self.scorer == "norm":
+            relevance = semantic.norm(builder, features, batch, plan.tokens)
+        else:
+            relevance = semantic.random(builder, features, batch, plan.tokens, self.seed)
+        scoring = NodeBuilder("/prune/score")
+        scoring.op(
+            HYBRID_TOKEN_SCORE,
+            HYBRID_TOKEN_SCORE,
+            [features, relevance],
+            ir.DataType.FLOAT,
+            [batch, plan.tokens],
+            {
+                "group_size": plan.group_size,
+                "alpha": float(self.alpha),
+                "score_input": self.score_input,
+                "plugin_namespace": PLUGIN_NAMESPACE,
+                "plugin_version": PLUGIN_VERSION,
+                "aot": 1,
+            },
+            domain=DOMAIN,
+        )
+        return [*builder.nodes, *scoring.nodes]

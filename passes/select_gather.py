@@ -1,0 +1,248 @@
+"""Keeps the k best-scored of N image tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import onnx_ir as ir
+
+from qavp_export.errors import GraphError, InputError
+from qavp_export.numerics.select import tokens_to_keep
+from qavp_export.passes._builder import NodeBuilder
+from qavp_export.passes._infra import (
+    RewritePass,
+    RewriteResult,
+    find_value,
+    infer_shapes,
+    insert_behind,
+    require_features,
+    require_free_name,
+    require_opset,
+    token_grid,
+    upstream,
+    with_shapes,
+)
+from qavp_export.passes.hybrid_score import MINIMUM_OPSET, SCORE
+
+Select: TypeAlias = Literal["topk"]
+
+KEPT_INDICES = "kept_indices"
+
+
+@dataclass(frozen=True)
+class SelectPlan:
+    """What `SelectGather` is going to do.
+
+    Attributes:
+        kept: Tokens per image that are kept, k.
+        width: Channels per token, D.
+        uses: Nodes, and which of their inputs, that will read the kept tokens.
+        dependents: All nodes behind these uses.
+    """
+
+    kept: int
+    width: int
+    uses: list[tuple[ir.Node, int]]
+    dependents: list[ir.Node]
+
+
+class SelectGather(RewritePass):
+    """Replaces image features `[B,N,D]` by the k highest-scored tokens `[B,k,D]`, in raster order.
+
+    1. `TopK` over the score, ties to the lower index, then `TopK` over the indices sorts them: the new graph
+       output `kept_indices [B,k]`, INT64.
+    2. `GatherND` with one batch axis copies the k rows.
+    3. All that read the features read the kept ones instead, but for what the score depends on. The kept
+       features take over the features' name, the full ones are renamed `<name>_unpruned` (a graph input keeps
+       its name; the kept features are named `<name>_pruned` then).
+
+    k is static: the graph states it. k = N is valid and keeps everything.
+
+    Args:
+        at: Name of the image features.
+        score: Name of the score, `[B,N]` FLOAT.
+        keep: The fraction kept, in (0, 1]; give this or `tokens`.
+        tokens: The number kept, k.
+        select: `topk`.
+
+    Raises:
+        InputError: A setting is out of range.
+        GraphError: When called: the graph lacks the features, the score or a static N, or what consumes the
+            features is fixed to N tokens. The model is unchanged then, except for shapes that were inferred.
+    """
+
+    def __init__(
+        self,
+        at: str = "image_features",
+        score: str = SCORE,
+        keep: float | None = None,
+        tokens: int | None = None,
+        select: Select = "topk",
+    ) -> None:
+        if (keep is None) == (tokens is None):
+            raise InputError("give either keep or tokens")
+        if keep is not None:
+            # Any number of tokens will do: this checks the fraction before any graph is there.
+            tokens_to_keep(1, keep)
+        if tokens is not None and tokens < 1:
+            raise InputError(f"tokens is {tokens}; it must be at least 1")
+        if select not in get_args(Select):
+            raise InputError(f"select is {select!r}; choose one of {list(get_args(Select))}")
+        self.at = at
+        self.score = score
+        self.keep = keep
+        self.tokens = tokens
+        self.select = select
+
+    def requires(self, model: ir.Model) -> None:
+        """Checks the opset, and that features and score are there and nothing was selected yet."""
+        find_value(model, self.score)
+        self.check_features(model)
+
+    def check_features(self, model: ir.Model) -> None:
+        """Checks all of `requires` but the score: what can be told before it is inserted.
+
+        Raises:
+            GraphError: The graph lacks something.
+        """
+        require_opset(model, MINIMUM_OPSET)
+        features = require_features(model, self.at)
+        require_free_name(model, KEPT_INDICES)
+        if features.producer() is None and features in model.graph.outputs:
+            raise GraphError(f"{self.at!r} is an input and an output of the graph; nothing computes it")
+
+    def call(self, model: ir.Model) -> RewriteResult:
+        """Adds the nodes and redirects the consumers."""
+        features, score = find_value(model, self.at), find_value(model, self.score)
+        plan = self.plan(model, upstream(score))
+        builder = NodeBuilder("/prune/select")
+        indices, gathered = _build(builder, features, score, plan)
+        insert_behind(model.graph, score, builder.nodes)
+        for node, index in plan.uses:
+            node.replace_input_with(index, gathered)
+        outputs = model.graph.outputs
+        outputs[:] = [gathered if value is features else value for value in outputs]
+        outputs.append(indices)
+        self._rename(features, gathered)
+        _refresh_shapes(model, plan.dependents)
+        # The score may stand behind other consumers of the features.
+        model.graph.sort()
+        return RewriteResult(model, modified=True, matched=1)
+
+    def ensures(self, model: ir.Model) -> None:
+        """Checks that k tokens and their indices are there."""
+        kept = [value for value in model.graph.outputs if value.name == KEPT_INDICES]
+        if len(kept) != 1 or kept[0].shape is None or not isinstance(kept[0].shape[1], int):
+            raise GraphError(f"the graph has no output {KEPT_INDICES!r} [B,k]")
+
+    def plan(self, model: ir.Model, scoring: Collection[ir.Node] = ()) -> SelectPlan:
+        """What the pass would do; the graph is not changed, except for shapes that are inferred.
+
+        Args:
+            model: A model that holds the features.
+            scoring: The nodes that the score depends on; they keep reading all tokens.
+
+        Returns:
+            The plan.
+
+        Raises:
+            InputError: k exceeds N.
+            GraphError: N is not static, or a consumer is fixed to N tokens.
+        """
+        features = find_value(model, self.at)
+        tokens, width = with_shapes(model, lambda: token_grid(features))
+        uses = [(use.node, use.idx) for use in features.uses() if use.node not in scoring]
+        dependents = list(_downstream([node for node, _ in uses]))
+        _require_flexible(dependents, tokens, self.at)
+        return SelectPlan(self.count(tokens), width, uses, dependents)
+
+    def count(self, available: int) -> int:
+        """How many of the available tokens are kept.
+
+        Args:
+            available: Tokens per image, N.
+
+        Returns:
+            k.
+
+        Raises:
+            InputError: k exceeds N.
+        """
+        if self.tokens is not None:
+            if self.tokens > available:
+                raise InputError(f"tokens is {self.tokens}, but {self.at!r} has {available} tokens per image")
+            return self.tokens
+        return tokens_to_keep(available, self.keep or 0.0)
+
+    def _rename(self, features: ir.Value, gathered: ir.Value) -> None:
+        if features.producer() is None:
+            gathered.name = f"{self.at}_pruned"
+        else:
+            features.name = f"{self.at}_unpruned"
+            gathered.name = self.at
+
+
+def _build(
+    builder: NodeBuilder, features: ir.Value, score: ir.Value, plan: SelectPlan
+) -> tuple[ir.Value, ir.Value]:
+    if features.shape is None:
+        raise GraphError(f"{features.name!r} has no known shape")
+    batch, dtype = features.shape[0], features.dtype or ir.DataType.FLOAT
+    int64 = ir.DataType.INT64
+    shape = [batch, plan.kept]
+    count = builder.ints("k", [plan.kept])
+    best = builder.op(
+        "TopK",
+        "TopK",
+        [score, count],
+        int64,
+        shape,
+        {"axis": -1, "largest": 1, "sorted": 1},
+        outputs=2,
+        used=1,
+    )
+    ascending = {"axis": -1, "largest": 0, "sorted": 1}
+    indices = builder.op("Sort", "TopK", [best, count], int64, shape, ascending, outputs=2)
+    indices.name = KEPT_INDICES
+    last = builder.ints("Unsqueeze/axes", [-1])
+    rows = builder.op("Unsqueeze", "Unsqueeze", [indices, last], int64, [*shape, 1])
+    gathered = builder.op(
+        "GatherND", "GatherND", [features, rows], dtype, [*shape, plan.width], {"batch_dims": 1}
+    )
+    return indices, gathered
+
+
+def _downstream(nodes: list[ir.Node]) -> Iterator[ir.Node]:
+    seen: set[ir.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            pending.extend(node.successors())
+
+
+def _require_flexible(nodes: list[ir.Node], tokens: int, at: str) -> None:
+    """Refuse consumers that spell the number of tokens out: they would mix tokens up, or fail at run time."""
+    for node in nodes:
+        if node.op_type not in ("Reshape", "Expand") or node.inputs[1] is None:
+            continue
+        target = ir.convenience.get_const_tensor(node.inputs[1])
+        if target is not None and tokens in (sizes := target.numpy().tolist()):
+            raise GraphError(
+                f"{node.op_type} {node.name!r} behind {at!r} is fixed to {sizes}, {tokens} tokens included; "
+                "prune at a value behind it"
+            )
+
+
+def _refresh_shapes(model: ir.Model, nodes: list[ir.Node]) -> None:
+    """Shapes behind the features told of N tokens: forget and infer them."""
+    if not nodes:
+        return
+    for node in nodes:
+        for value in node.outputs:
+            value.shape = None
+    infer_shapes(model)

@@ -1,0 +1,152 @@
+"""What qavp-export shows: progress bars while it works, and what it did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from qavp_export.bundle import GRAPH_NAME
+from qavp_export.estimate import Estimate
+from qavp_export.manifest import Manifest
+
+_QUANTIZED_PREFIX = "decoder:"
+
+
+class ProgressBars:
+    """One bar on stderr for each stage of an export; a context manager.
+
+    Args:
+        enabled: Whether anything is shown.
+    """
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not enabled,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._current: str | None = None
+
+    def __enter__(self) -> ProgressBars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._finish()
+        self._progress.stop()
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` steps of a stage are complete; a new stage completes the one before."""
+        if stage != self._current:
+            self._finish()
+            self._current = stage
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._tasks[stage], completed=done, total=total)
+
+    def _finish(self) -> None:
+        if self._current is not None:
+            task = self._tasks[self._current]
+            self._progress.update(task, completed=self._progress.tasks[task].total)
+
+
+def summary(manifest: Manifest, bundle: Path) -> dict[str, Any]:
+    """Returns what an export did, as JSON values."""
+    decoder = [value for layer, value in manifest.precision.items() if layer.startswith(_QUANTIZED_PREFIX)]
+    sizes = {
+        component: sum(entry.bytes for entry in manifest.files if entry.path.startswith(f"{component}/"))
+        for component in manifest.components
+    }
+    return {
+        "bundle": str(bundle),
+        "model": manifest.source,
+        "family": manifest.family,
+        "vision_tokens": {"before": manifest.vision_tokens.before, "after": manifest.vision_tokens.after},
+        "recipe": manifest.recipe,
+        "decoder_linears": dict(Counter(decoder)),
+        "checkpoint_bytes": manifest.checkpoint_bytes,
+        "bundle_bytes": sum(entry.bytes for entry in manifest.files),
+        "component_bytes": sizes,
+        "parity": manifest.parity,
+    }
+
+
+def print_summary(manifest: Manifest, bundle: Path, title: str) -> None:
+    """Prints what an export did, for people."""
+    facts = summary(manifest, bundle)
+    recipe, tokens = manifest.recipe, manifest.vision_tokens
+    table = _facts_table(title)
+    how = f"{recipe['select']} by {recipe['semantic']}, alpha {recipe['alpha']}, {recipe['score_input']} features"
+    pruned = f"keep {recipe['keep']}, {how}" if tokens.after < tokens.before else "all kept"
+    table.add_row("vision tokens", f"{tokens.before} -> {tokens.after} per image ({pruned})")
+    linears = ", ".join(f"{count} at {name}" for name, count in facts["decoder_linears"].items())
+    table.add_row("decoder linears", f"{linears} (group size {recipe['group_size']})")
+    table.add_row("size", f"{megabytes(manifest.checkpoint_bytes)} -> {megabytes(facts['bundle_bytes'])}")
+    for component, count in facts["component_bytes"].items():
+        table.add_row(f"  {component}/{GRAPH_NAME}", megabytes(count))
+    table.add_row("parity with PyTorch", _parity_line(manifest.parity))
+    table.add_row("bundle", str(bundle))
+    Console().print(table)
+
+
+def print_estimate(plan: Estimate, model: str) -> None:
+    """Prints the plan of a dry run."""
+    table = _facts_table(f"plan for {model} (nothing was written, no weight was read)")
+    table.add_row("vision tokens", f"{plan.vision_tokens_before} -> {plan.vision_tokens_after} per image")
+    table.add_row("semantic scorer", plan.semantic)
+    table.add_row("decoder", f"{plan.decoder_layers} layers, {plan.quantized_linears} linear layers at w4a4")
+    table.add_row("group size", str(plan.group_size))
+    table.add_row("parameters", f"{plan.parameters / 1e6:,.1f} M")
+    table.add_row("size", f"{megabytes(plan.checkpoint_bytes)} -> about {megabytes(plan.bundle_bytes)}")
+    table.add_row("peak memory", f"about {megabytes(plan.peak_memory_bytes)}")
+    table.add_row("  with parity check", f"about {megabytes(plan.peak_memory_with_parity_bytes)}")
+    Console().print(table)
+
+
+def megabytes(count: int) -> str:
+    """Returns a number of bytes in MB (10^6) or GB (10^9)."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _facts_table(title: str) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left", box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _parity_line(parity: dict[str, Any]) -> str:
+    if parity["verdict"] != "PASS":
+        return f"{parity['verdict']}: {parity['reason']}"
+    return (
+        f"PASS: max difference {parity['max_abs']:.1e}, cosine {parity['cosine']:.6f}, "
+        f"same next token {parity['argmax_agreement']:.1%}, same kept tokens {parity['kept_indices_equal']:.1%}"
+    )

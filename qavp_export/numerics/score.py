@@ -1,0 +1,225 @@
+"""Hybrid token score: the NumPy reference.
+
+Source: Wang et al., "QAPruner: Quantization-Aware Vision Token Pruning for Multimodal Large Language Models",
+arXiv 2604.02816 (2026).
+
+Everything is float32 and elementwise, and sums are taken in one stated order (`pairwise_sum`), so IEEE
+arithmetic leaves no freedom: the ONNX function `qavp::HybridTokenScore` yields the same bits, and with them
+the same kept tokens, near-ties included.
+
+Features must be finite and at most 1e15 in magnitude: beyond that sums of their squares overflow float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from qavp_export.errors import InputError
+from qavp_export.numerics._checks import Float32, as_features, as_float32
+
+ScoreInput: TypeAlias = Literal["raw", "rms"]
+
+EPS = 1e-8
+INT4_MAX = 7.0
+GROUP_SIZES = (128, 64, 32, 16)
+
+
+def default_group_size(width: int) -> int:
+    """The largest of 128, 64, 32 and 16 that divides a feature width.
+
+    Args:
+        width: Channels per token, D.
+
+    Returns:
+        The group size.
+
+    Raises:
+        InputError: None of them divides it.
+    """
+    for size in GROUP_SIZES:
+        if width > 0 and width % size == 0:
+            return size
+    raise InputError(f"none of {list(GROUP_SIZES)} divides the feature width {width}; pass group_size")
+
+
+def check_score_settings(width: int, group_size: int, alpha: float, score_input: str) -> None:
+    """Check the settings of a hybrid score.
+
+    Args:
+        width: Channels per token, D.
+        group_size: Channels that share one simulated INT4 scale.
+        alpha: Weight of the semantic relevance.
+        score_input: `raw` or `rms`.
+
+    Raises:
+        InputError: The group size does not divide the width, alpha is outside [0, 1], or `score_input` is not
+            known.
+    """
+    if group_size < 1 or width % group_size:
+        raise InputError(f"group_size {group_size} does not divide the feature width {width}")
+    if not 0.0 <= alpha <= 1.0:
+        raise InputError(f"alpha is {alpha}; it must be in [0, 1]")
+    if score_input not in get_args(ScoreInput):
+        raise InputError(f"score_input is {score_input!r}; choose one of {list(get_args(ScoreInput))}")
+
+
+def pairwise_sum(x: Float32) -> Float32:
+    """Sum over the last axis by folding its second half onto its first until one element is left.
+
+    An odd length keeps its last element for the next round. The order is part of the definition.
+
+    Args:
+        x: Shape [..., n], float32.
+
+    Returns:
+        Shape [...], float32.
+    """
+    while (length := x.shape[-1]) > 1:
+        half = length // 2
+        folded = x[..., :half] + x[..., half : 2 * half]
+        x = np.concatenate([folded, x[..., 2 * half :]], axis=-1) if length % 2 else folded
+    return x[..., 0]
+
+
+def simulated_int4(v: npt.NDArray[Any], group_size: int) -> Float32:
+    """Round features to symmetric INT4 with one float scale per group, and back: `v^`.
+
+    `s = max abs / 7` per group; `v^ = round(v / (s + eps)) * s`, half-way cases to even.
+
+    Args:
+        v: Features, shape [B, N, D], floating point.
+        group_size: Channels per group; divides D.
+
+    Returns:
+        Shape [B, N, D], float32.
+
+    Raises:
+        InputError: Bad shape, dtype or group size; NaN or infinity.
+    """
+    values = as_float32("features", v, 3)
+    check_score_settings(values.shape[-1], group_size, 0.0, "raw")
+    groups = values.reshape(*values.shape[:2], -1, group_size)
+    scale = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(INT4_MAX)
+    codes = np.rint(groups / (scale + np.float32(EPS)))
+    simulated: Float32 = (codes * scale).reshape(values.shape)
+    return simulated
+
+
+def quantization_error(v: npt.NDArray[Any], group_size: int) -> Float32:
+    """Quantization error `E = norm2(v - v^)` of each token; the norm is not squared.
+
+    Args:
+        v: Features, shape [B, N, D], floating point.
+        group_size: Channels per group; divides D.
+
+    Returns:
+        Shape [B, N], float32.
+
+    Raises:
+        InputError: Bad shape, dtype or group size; NaN, infinity or values beyond 1e15.
+    """
+    values = as_features(v)
+    residual = values - simulated_int4(values, group_size)
+    error: Float32 = np.sqrt(pairwise_sum(residual * residual))
+    return error
+
+
+def outlier_intensity(v: npt.NDArray[Any]) -> Float32:
+    """Outlier intensity `R = max - min` of each token's channels: a range, not a largest magnitude.
+
+    Args:
+        v: Features, shape [B, N, D], floating point.
+
+    Returns:
+        Shape [B, N], float32.
+
+    Raises:
+        InputError: Bad shape or dtype; NaN, infinity or values beyond 1e15.
+    """
+    values = as_features(v)
+    return np.asarray(values.max(axis=-1) - values.min(axis=-1))
+
+
+def minmax(x: npt.NDArray[Any]) -> Float32:
+    """Scale each image's values to [0, 1]: `(x - min) / (max - min + eps)`; all zeros for a constant row.
+
+    Args:
+        x: Shape [B, N], floating point.
+
+    Returns:
+        Shape [B, N], float32.
+
+    Raises:
+        InputError: Bad shape or dtype; NaN or infinity.
+    """
+    values = as_float32("values", x, 2)
+    low = values.min(axis=-1, keepdims=True)
+    span = values.max(axis=-1, keepdims=True) - low
+    scaled: Float32 = (values - low) / (span + np.float32(EPS))
+    return scaled
+
+
+def root_mean_square_normalize(v: npt.NDArray[Any]) -> Float32:
+    """Divide each token by its root mean square: what the decoder's quantizers see, behind an RMSNorm.
+
+    `v / (sqrt(mean(v^2)) + eps)`: a token of zeros stays zero.
+
+    Args:
+        v: Features, shape [B, N, D], floating point.
+
+    Returns:
+        Shape [B, N, D], float32.
+
+    Raises:
+        InputError: Bad shape or dtype; NaN, infinity or values beyond 1e15.
+    """
+    values = as_features(v)
+    mean_square = pairwise_sum(values * values) / np.float32(values.shape[-1])
+    rms: Float32 = np.sqrt(mean_square) + np.float32(EPS)
+    normalized: Float32 = values / rms[..., np.newaxis]
+    return normalized
+
+
+def hybrid_token_score(
+    image_features: npt.NDArray[Any],
+    semantic: npt.NDArray[Any],
+    *,
+    group_size: int,
+    alpha: float = 0.5,
+    score_input: ScoreInput = "raw",
+) -> Float32:
+    """Hybrid score `S = alpha * minmax(semantic) + (1 - alpha) * SQ` of each token.
+
+    `SQ = 0.5 * minmax(E) + 0.5 * minmax(R)`. The semantic relevance comes in as its scorer produced it; it is
+    scaled here.
+
+    Args:
+        image_features: The vision projector's output, shape [B, N, D], floating point.
+        semantic: A semantic scorer's output, shape [B, N], floating point.
+        group_size: Channels per simulated INT4 group; divides D.
+        alpha: 1 is semantic pruning alone, 0 quantization sensitivity alone.
+        score_input: Compute E and R on the features as they are (`raw`, the paper) or divided by each token's
+            root mean square (`rms`).
+
+    Returns:
+        Shape [B, N], float32: higher is kept first.
+
+    Raises:
+        InputError: Bad shape, dtype or setting; NaN, infinity or features beyond 1e15.
+    """
+    values = as_features(image_features)
+    relevance = as_float32("semantic", semantic, 2)
+    if relevance.shape != values.shape[:2]:
+        raise InputError(f"semantic has shape {list(relevance.shape)}; expected {list(values.shape[:2])}")
+    check_score_settings(values.shape[-1], group_size, alpha, score_input)
+    scored = root_mean_square_normalize(values) if score_input == "rms" else values
+    error = minmax(quantization_error(scored, group_size))
+    outliers = minmax(outlier_intensity(scored))
+    half, weight = np.float32(0.5), np.float32(alpha)
+    rest = np.float32(np.float32(1.0) - weight)
+    sensitivity: Float32 = error * half + outliers * half
+    score: Float32 = minmax(relevance) * weight + sensitivity * rest
+    return score
