@@ -12,9 +12,7 @@ from qavp_export.passes._infra import UnknownShapeError, upstream
 
 _STANDARD = ("", "Attention")
 _MULTI_HEAD = ("com.microsoft", "MultiHeadAttention")
-_UNREADABLE = frozenset(
-    {("com.microsoft", "Attention"), ("com.microsoft", "PackedMultiHeadAttention"), ("ai.onnx", "Attention")}
-)
+_UNREADABLE = frozenset({("com.microsoft", "Attention"), ("com.microsoft", "PackedMultiHeadAttention")})
 _PASS_THROUGH = frozenset({"Cast", "Dropout", "Identity"})
 
 
@@ -112,9 +110,7 @@ def _read_multi_head(node: ir.Node) -> FusedAttention:
     """ONNX Runtime's MultiHeadAttention with separate queries, keys and values and nothing else."""
     if len(node.inputs) < 3 or any(value is None for value in node.inputs[:3]):
         raise _refused(node, "its queries, keys and values are packed")
-    if any(value is not None for value in node.inputs[3:]) or (
-        node.attributes.get_int("unidirectional", 0) != 0
-    ):
+    if any(value is not None for value in node.inputs[3:]) or (node.attributes.get_int("unidirectional", 0) != 0):
         raise _refused(node, "it has a bias, a mask or a key/value cache")
     query, key = _input(node, 0), _input(node, 1)
     if _rank(query) != 3 or _rank(key) != 3:
@@ -123,9 +119,7 @@ def _read_multi_head(node: ir.Node) -> FusedAttention:
     return _fused(node, query, key, (heads, heads), token_axis=1)
 
 
-def _fused(
-    node: ir.Node, query: ir.Value, key: ir.Value, heads: tuple[int, int], *, token_axis: int
-) -> FusedAttention:
+def _fused(node: ir.Node, query: ir.Value, key: ir.Value, heads: tuple[int, int], *, token_axis: int) -> FusedAttention:
     if heads[0] != heads[1]:
         raise _refused(node, f"it has {heads[0]} query heads and {heads[1]} key heads")
     tokens, keys = _size(query, token_axis, node), _size(key, token_axis, node)
@@ -176,9 +170,7 @@ def _read_softmax(node: ir.Node, values: ir.Value) -> OpenAttention:
         raise _refused(node, "its Softmax is not over the last axis")
     queries, keys = _known(probabilities, 2), _known(probabilities, 3) or _known(values, -2)
     if queries is None or keys is None:
-        raise UnknownShapeError(
-            _message(node, "the number of its tokens is not known; export with a static grid")
-        )
+        raise UnknownShapeError(_message(node, "the number of its tokens is not known; export with a static grid"))
     if queries != keys:
         raise _refused(node, f"{queries} queries attend to {keys} keys: it is not self-attention")
     return OpenAttention(node, keys, probabilities)

@@ -73,9 +73,7 @@ class NodeBuilder:
 
     def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
         """Add a Constant node that holds an array."""
-        node = ir.node(
-            "Constant", [], {"value": ir.tensor(array)}, num_outputs=1, name=f"{self._prefix}/{name}"
-        )
+        node = ir.node("Constant", [], {"value": ir.tensor(array)}, num_outputs=1, name=f"{self._prefix}/{name}")
         output = node.outputs[0]
         output.name = f"{node.name}_output_0"
         output.dtype, output.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(array.shape)
@@ -93,8 +91,7 @@ class NodeBuilder:
             return value
         shape[axis] = stop - start
         bounds = [
-            self.ints(f"{name}/{part}", [number])
-            for part, number in (("start", start), ("stop", stop), ("axis", axis))
+            self.ints(f"{name}/{part}", [number]) for part, number in (("start", start), ("stop", stop), ("axis", axis))
         ]
         return self.op(name, "Slice", [value, *bounds], _dtype(value), shape)
 

@@ -57,7 +57,7 @@ class InsertHybridScore(RewritePass):
 
     Nothing else changes. No weight is read; weights may be without data. N, D and the attention's sizes must
     be static, the batch need not be. Any opset from 18 on will do. Features must be finite and below 1e15 in
-    magnitude: an image with others gets NaN scores.
+    magnitude: an image with others gets meaningless scores, and other images of the batch are unaffected.
 
     Args:
         at: Name of the image features: what the projector computes, or a graph input.

@@ -98,7 +98,9 @@ class PlaceQdq(RewritePass):
         for part in parts.values():
             _graph(node).register_initializer(part)
         if scheme.weights == "int4":
-            multipliers = _insert(node, "Cast", [parts["multipliers"]], "weight/Cast", {"to": ir.DataType.FLOAT})
+            multipliers = _insert(
+                node, "Cast", [parts["multipliers"]], "weight/Cast", {"to": ir.DataType.FLOAT}
+            )
             multipliers.dtype, multipliers.shape = ir.DataType.FLOAT, parts["multipliers"].shape
             scales = _insert(node, "Mul", [multipliers, parts["steps"]], "weight/Mul")
             scales.dtype, scales.shape = ir.DataType.FLOAT, parts["multipliers"].shape
@@ -172,7 +174,7 @@ def _why_not(node: ir.Node, group_size: int) -> str | None:
         return "its weight is not a constant matrix"
     if weight.dtype != ir.DataType.FLOAT:
         return f"its weight is {weight.dtype}, not FLOAT"
-    channels = int(weight.shape[0])
+    channels, _ = _matrix_shape(weight)
     if channels % group_size:
         return f"its {channels} input channels are not a multiple of the group size {group_size}"
     return None
@@ -227,7 +229,9 @@ def _part(
     name = f"{weight.name}.{part}"
 
     def evaluate() -> ir.TensorProtocol:
-        return ir.Tensor(np.ascontiguousarray(read()).astype(dtype.numpy(), copy=False), dtype=dtype, name=name)
+        return ir.Tensor(
+            np.ascontiguousarray(read()).astype(dtype.numpy(), copy=False), dtype=dtype, name=name
+        )
 
     lazy = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)
     return ir.Value(

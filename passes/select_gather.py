@@ -12,6 +12,7 @@ from qavp_export.errors import GraphError, InputError
 from qavp_export.numerics.select import tokens_to_keep
 from qavp_export.passes._builder import NodeBuilder
 from qavp_export.passes._infra import (
+    Refusal,
     RewritePass,
     RewriteResult,
     find_value,
@@ -58,7 +59,8 @@ class SelectGather(RewritePass):
        features take over the features' name, the full ones are renamed `<name>_unpruned` (a graph input keeps
        its name; the kept features are named `<name>_pruned` then).
 
-    k is static: the graph states it. k = N is valid and keeps everything.
+    k is static: the graph states it. k = N is valid and keeps everything. Other graph outputs of N tokens that do
+    not depend on the features stay as they are, and the result lists them as refused.
 
     Args:
         at: Name of the image features.
@@ -117,6 +119,7 @@ class SelectGather(RewritePass):
         """Adds the nodes and redirects the consumers."""
         features, score = find_value(model, self.at), find_value(model, self.score)
         plan = self.plan(model, upstream(score))
+        refused = _unpruned_outputs(model, features, plan)
         builder = NodeBuilder("/prune/select")
         indices, gathered = _build(builder, features, score, plan)
         insert_behind(model.graph, score, builder.nodes)
@@ -129,7 +132,7 @@ class SelectGather(RewritePass):
         _refresh_shapes(model, plan.dependents)
         # The score may stand behind other consumers of the features.
         model.graph.sort()
-        return RewriteResult(model, modified=True, matched=1)
+        return RewriteResult(model, modified=True, matched=1, refused=refused)
 
     def ensures(self, model: ir.Model) -> None:
         """Checks that k tokens and their indices are there."""
@@ -184,9 +187,7 @@ class SelectGather(RewritePass):
             gathered.name = self.at
 
 
-def _build(
-    builder: NodeBuilder, features: ir.Value, score: ir.Value, plan: SelectPlan
-) -> tuple[ir.Value, ir.Value]:
+def _build(builder: NodeBuilder, features: ir.Value, score: ir.Value, plan: SelectPlan) -> tuple[ir.Value, ir.Value]:
     if features.shape is None:
         raise GraphError(f"{features.name!r} has no known shape")
     batch, dtype = features.shape[0], features.dtype or ir.DataType.FLOAT
@@ -208,10 +209,21 @@ def _build(
     indices.name = KEPT_INDICES
     last = builder.ints("Unsqueeze/axes", [-1])
     rows = builder.op("Unsqueeze", "Unsqueeze", [indices, last], int64, [*shape, 1])
-    gathered = builder.op(
-        "GatherND", "GatherND", [features, rows], dtype, [*shape, plan.width], {"batch_dims": 1}
-    )
+    gathered = builder.op("GatherND", "GatherND", [features, rows], dtype, [*shape, plan.width], {"batch_dims": 1})
     return indices, gathered
+
+
+def _unpruned_outputs(model: ir.Model, features: ir.Value, plan: SelectPlan) -> list[Refusal]:
+    """Graph outputs that have as many tokens as the features and stay unpruned."""
+    refused, (tokens, _) = [], token_grid(features)
+    for value in model.graph.outputs:
+        node = value.producer()
+        if value is features or value.shape is None or value.shape.rank() != 3 or value.shape[1] != tokens:
+            continue
+        if node is not None and node not in plan.dependents:
+            reason = f"output {value.name!r} keeps its {tokens} tokens: it does not depend on {features.name!r}"
+            refused.append(Refusal(node.name or "", reason))
+    return refused
 
 
 def _downstream(nodes: list[ir.Node]) -> Iterator[ir.Node]:

@@ -137,9 +137,7 @@ def _recompute(builder: NodeBuilder, site: FusedAttention, batch: Dim, rows: tup
     return builder.op("Softmax", "Softmax", [logits], float32, shape, {"axis": -1})
 
 
-def _split_heads(
-    builder: NodeBuilder, name: str, value: ir.Value, sizes: tuple[Dim, int, int, int]
-) -> ir.Value:
+def _split_heads(builder: NodeBuilder, name: str, value: ir.Value, sizes: tuple[Dim, int, int, int]) -> ir.Value:
     """`[B,n,H*d]` -> `[B,H,n,d]`."""
     batch, count, heads, size = sizes
     dtype = value.dtype or ir.DataType.FLOAT

@@ -7,7 +7,8 @@ quantization done by `numerics/` (NumPy). Nothing of the exporter takes part in 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
+from transformers import AutoModelForImageTextToText
+from transformers.utils import logging as transformers_logging
 
 from qavp_export.engines import Engine, EngineOptions, FloatArray, IntArray, load_engine
 from qavp_export.families import Plan
@@ -69,7 +72,12 @@ class Parity:
 
 
 def check_parity(
-    checkpoint: Path, bundle: Path, manifest: Manifest, plan: Plan, settings: Settings, quantized: Mapping[str, str]
+    checkpoint: Path,
+    bundle: Path,
+    manifest: Manifest,
+    plan: Plan,
+    settings: Settings,
+    quantized: Mapping[str, str],
 ) -> Parity:
     """Compares the bundle's graphs with the reference on two random images and a padded batch of two prompts.
 
@@ -89,7 +97,9 @@ def check_parity(
     """
     needed, available = _reference_bytes(checkpoint), _available_bytes()
     if needed > available:
-        reason = f"the reference needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free"
+        reason = (
+            f"the reference needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free"
+        )
         return Parity("NOT COMPARED", reason, "nothing")
     # Fusions of quantized layers move results by up to 0.02; parity is about the graph as it is written.
     engine = load_engine("ort-cpu", bundle, manifest, EngineOptions(graph_optimization="disable"))
@@ -139,17 +149,19 @@ class _Prompts:
 class _Reference:
     """The Hugging Face model with pruning and fake quantization by `numerics/`."""
 
-    def __init__(self, checkpoint: Path, plan: Plan, settings: Settings, quantized: Mapping[str, str]) -> None:
-        from transformers import AutoModelForImageTextToText
-
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            checkpoint,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        ).eval()
+    def __init__(
+        self, checkpoint: Path, plan: Plan, settings: Settings, quantized: Mapping[str, str]
+    ) -> None:
+        with _no_progress_bar():
+            auto: Any = AutoModelForImageTextToText
+            model = auto.from_pretrained(
+                checkpoint,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            ).eval()
         self._model = model
         self._plan = plan
         self._settings = settings
@@ -182,15 +194,17 @@ class _Reference:
             draw = random_relevance(self._settings.recipe.seed, features.shape[1])
             return np.broadcast_to(draw, features.shape[:2])
         with torch.no_grad():
-            attentions = self._model.model.vision_tower(torch.from_numpy(pixels), output_attentions=True).attentions
+            attentions = self._model.model.vision_tower(
+                torch.from_numpy(pixels), output_attentions=True
+            ).attentions
         layer = self._model.config.vision_feature_layer
         last = layer if isinstance(layer, int) else layer[-1]
         # hidden_states[i] is the output of layer i - 1.
         weights: FloatArray = attentions[last if last < 0 else last - 1].numpy()
         first = int(self._plan.has_cls_token)
         if self._settings.semantic == "cls":
-            return weights[:, :, 0, first:].mean(axis=1)
-        return weights[:, :, first:, first:].mean(axis=(1, 2))
+            return np.mean(weights[:, :, 0, first:], axis=1)
+        return np.mean(weights[:, :, first:, first:], axis=(1, 2))
 
     def decode(self, prompts: _Prompts, features: torch.Tensor) -> FloatArray:
         """Returns logits `[B,S+1,V]` of a prefill and of one more token on its cache."""
@@ -218,7 +232,7 @@ class _Reference:
         return logits
 
 
-def _fake_quantize(layer: nn.Module, precision: str, group_size: int) -> None:
+def _fake_quantize(layer: Any, precision: str, group_size: int) -> None:
     weight = layer.weight.detach().numpy()
     if precision == "w4a4":
         values = quantize_two_level(weight, group_size).dequantize()
@@ -240,13 +254,16 @@ def _prompts(rng: np.random.Generator, plan: Plan, tokens_kept: int) -> _Prompts
     text_ids = np.array([token for token in range(plan.vocab_size) if token != plan.image_token_id])
     image = np.full(tokens_kept, plan.image_token_id)
     rows = [
-        np.concatenate([rng.choice(text_ids, 2), image, rng.choice(text_ids, length)]) for length in _TEXT_LENGTHS
+        np.concatenate([rng.choice(text_ids, 2), image, rng.choice(text_ids, length)])
+        for length in _TEXT_LENGTHS
     ]
     width = max(map(len, rows))
     ids = [np.pad(row, (width - len(row), 0), constant_values=text_ids[0]) for row in rows]
     mask = [np.pad(np.ones_like(row), (width - len(row), 0)) for row in rows]
     next_ids = rng.choice(text_ids, (len(rows), 1))
-    return _Prompts(np.stack(ids).astype(np.int64), np.stack(mask).astype(np.int64), next_ids.astype(np.int64))
+    return _Prompts(
+        np.stack(ids).astype(np.int64), np.stack(mask).astype(np.int64), next_ids.astype(np.int64)
+    )
 
 
 def _run_engine(engine: Engine, prompts: _Prompts, image_features: FloatArray) -> FloatArray:
@@ -296,6 +313,19 @@ def _judge(
         features_max_abs=features_max_abs,
         kept_indices_equal=agreement,
     )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    # transformers' own bar would be drawn over the export's.
+    logging: Any = transformers_logging
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _reference_bytes(checkpoint: Path) -> int:

@@ -164,7 +164,9 @@ def rewrite(
     if schemes:
         refused = PlaceQdq(settings.group_size, schemes)(graphs["decoder"]).refused
         if refused:
-            raise QavpError(f"{refused[0].node_name} cannot be quantized: {refused[0].reason}; use --recipe none")
+            raise QavpError(
+                f"{refused[0].node_name} cannot be quantized: {refused[0].reason}; use --recipe none"
+            )
     for graph in graphs.values():
         StoreHalf(_stored_dtypes(graph, weights))(graph)
 
@@ -280,4 +282,3 @@ def _stage(progress: Progress, stage: str) -> Callable[[int, int], None]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-

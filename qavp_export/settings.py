@@ -9,7 +9,7 @@ from qavp_export.errors import RecipeError
 from qavp_export.families import Family, Plan
 from qavp_export.numerics.select import tokens_to_keep
 from qavp_export.numerics.two_level import largest_group_size
-from qavp_export.recipe import Recipe
+from qavp_export.recipe import Recipe, Scorer
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Settings:
     """
 
     recipe: Recipe
-    semantic: str
+    semantic: Scorer
     group_size: int
     tokens_kept: int
 
@@ -40,9 +40,11 @@ def settle(recipe: Recipe, family: Family, plan: Plan) -> Settings:
         RecipeError: The recipe does not fit: a scorer that the model cannot serve, a group size that does not divide
             its channels.
     """
-    semantic = recipe.semantic or family.scorers[0]
+    semantic: Scorer = recipe.semantic or family.scorers[0]
     if semantic not in family.scorers:
-        raise RecipeError(f"semantic {semantic!r} is not available for {family.model_type}: use {_listed(family.scorers)}")
+        raise RecipeError(
+            f"semantic {semantic!r} is not available for {family.model_type}: use {_listed(family.scorers)}"
+        )
     if semantic == "cls" and not plan.has_cls_token:
         if recipe.semantic is not None:
             raise RecipeError("semantic 'cls' needs a vision tower with a [CLS] token; use 'received'")

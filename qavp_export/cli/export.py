@@ -42,7 +42,8 @@ def export_command(
         str, typer.Option(help="Preset: rtn (W4A4, rounding to nearest) or none (no quantization).")
     ] = "rtn",
     semantic: Annotated[
-        str | None, typer.Option(help="Semantic scorer: cls, received, norm or random. [default: the family's]")
+        str | None,
+        typer.Option(help="Semantic scorer: cls, received, norm or random. [default: the family's]"),
     ] = None,
     alpha: Annotated[
         float | None,
@@ -50,11 +51,15 @@ def export_command(
     ] = None,
     score_input: Annotated[
         str | None,
-        typer.Option(help="Score raw features, or rms: each token divided by its root mean square. [default: raw]"),
+        typer.Option(
+            help="Score raw features, or rms: each token divided by its root mean square. [default: raw]"
+        ),
     ] = None,
     positions: Annotated[
         str | None,
-        typer.Option(help="Position ids of the shortened prompt: contiguous or original. [default: contiguous]"),
+        typer.Option(
+            help="Position ids of the shortened prompt: contiguous or original. [default: contiguous]"
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the random scorer. [default: 0]")] = None,
     group_size: Annotated[
@@ -64,7 +69,8 @@ def export_command(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use the Hub cache only, no network.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan from config.json; read no weight, write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Print the plan from config.json; read no weight, write nothing."),
     ] = False,
     verify: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Check every hash and graph of a bundle, and exit.")
@@ -135,9 +141,7 @@ def _export(
         typer.echo(f"try it: qavp-run {target} --image FILE --prompt TEXT")
 
 
-def _dry_run(
-    model: str, preset: str, overrides: dict[str, Any], hub: dict[str, Any], as_json: bool
-) -> None:
+def _dry_run(model: str, preset: str, overrides: dict[str, Any], hub: dict[str, Any], as_json: bool) -> None:
     from qavp_export.checkpoint import read_config
     from qavp_export.cli.report import print_estimate
     from qavp_export.estimate import estimate
@@ -163,7 +167,9 @@ def _verify(bundle: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"bundle": str(bundle), "files": len(manifest.files), "valid": True}))
     else:
-        typer.echo(f"{bundle} is valid: {len(manifest.files)} files unchanged, {len(manifest.components)} graphs load")
+        typer.echo(
+            f"{bundle} is valid: {len(manifest.files)} files unchanged, {len(manifest.components)} graphs load"
+        )
 
 
 def _list_models(as_json: bool) -> None:
@@ -172,7 +178,8 @@ def _list_models(as_json: bool) -> None:
 
     if as_json:
         families = {
-            name: {"description": family.description, "scorers": family.scorers} for name, family in FAMILIES.items()
+            name: {"description": family.description, "scorers": family.scorers}
+            for name, family in FAMILIES.items()
         }
         typer.echo(json.dumps({"families": families, "short_names": dict(SHORT_NAMES)}))
         return

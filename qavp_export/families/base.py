@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qavp_export.errors import CheckpointError
+from qavp_export.recipe import Scorer
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Family(ABC):
 
     model_type: ClassVar[str]
     description: ClassVar[str]
-    scorers: ClassVar[tuple[str, ...]]
+    scorers: ClassVar[tuple[Scorer, ...]]
     renames: ClassVar[tuple[tuple[str, str], ...]]
 
     @abstractmethod
@@ -80,15 +81,15 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def vision_encoder(self, model: nn.Module) -> nn.Module:
+    def vision_encoder(self, model: Any) -> nn.Module:
         """Returns a module: `pixel_values [B,3,H,W]` f32 -> `image_features [B,N,D]`."""
 
     @abstractmethod
-    def embedding(self, model: nn.Module) -> nn.Module:
+    def embedding(self, model: Any) -> nn.Module:
         """Returns a module: `input_ids [B,S]`, `image_features [I,k,D]` -> `inputs_embeds [B,S,D]`."""
 
     @abstractmethod
-    def decoder(self, model: nn.Module) -> nn.Module:
+    def decoder(self, model: Any) -> nn.Module:
         """Returns a module: embeddings, mask, positions and past key/values -> logits and present key/values."""
 
     def parameter_names(self, checkpoint_names: Iterable[str]) -> dict[str, str]:

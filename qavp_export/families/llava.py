@@ -14,6 +14,8 @@ from qavp_export.families.base import CachedDecoder, Family, MergeEmbedding, Pla
 class LlavaVision(nn.Module):
     """Vision tower and projector of LLaVA, for one resolution and a batch of images."""
 
+    model: Any
+
     def __init__(self, model: nn.Module, layers: list[int], drop_first: bool) -> None:
         """Wraps a `LlavaModel`.
 
@@ -72,18 +74,17 @@ class Llava(Family):
             **decoder_sizes(config.text_config),
         )
 
-    def vision_encoder(self, model: nn.Module) -> nn.Module:
+    def vision_encoder(self, model: Any) -> nn.Module:
         """Returns tower and projector; see `Family.vision_encoder`."""
-        config: Any = model.config
+        config = model.config
         layer = config.vision_feature_layer
         layers = [layer] if isinstance(layer, int) else list(layer)
         return LlavaVision(model.model, layers, config.vision_feature_select_strategy == "default")
 
-    def embedding(self, model: nn.Module) -> nn.Module:
+    def embedding(self, model: Any) -> nn.Module:
         """Returns the merging embedding; see `Family.embedding`."""
-        config: Any = model.config
-        return MergeEmbedding(model.model.language_model.embed_tokens, int(config.image_token_id))
+        return MergeEmbedding(model.model.language_model.embed_tokens, int(model.config.image_token_id))
 
-    def decoder(self, model: nn.Module) -> nn.Module:
+    def decoder(self, model: Any) -> nn.Module:
         """Returns the language model with its cache unpacked; see `Family.decoder`."""
         return CachedDecoder(model.model.language_model, model.lm_head)

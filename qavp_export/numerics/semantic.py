@@ -94,9 +94,7 @@ def random_relevance(seed: int, n_tokens: int) -> Float32:
     return np.random.Generator(np.random.PCG64(seed)).random(n_tokens, dtype=np.float32)
 
 
-def _queries_and_keys(
-    q: npt.NDArray[Any], k: npt.NDArray[Any], prefix_tokens: int
-) -> tuple[Float32, Float32]:
+def _queries_and_keys(q: npt.NDArray[Any], k: npt.NDArray[Any], prefix_tokens: int) -> tuple[Float32, Float32]:
     queries, keys = as_float32("q", q, 4), as_float32("k", k, 4)
     if queries.shape != keys.shape:
         raise InputError(f"q has shape {list(queries.shape)} and k {list(keys.shape)}; they must be the same")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoModelForImageTextToText
+from transformers.initialization import no_init_weights
 
 
 @contextmanager
@@ -42,6 +44,10 @@ def build_skeleton(config: Any) -> tuple[nn.Module, FakeTensorMode]:
         The model in evaluation mode and the fake tensor mode that its parameters belong to.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _fake_parameters(mode):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    # A copy: building a model writes its dtype into the configuration.
+    auto: Any = AutoModelForImageTextToText
+    # Initialisers draw and test random numbers, which parameters without data do not have; they also tie.
+    with _fake_parameters(mode), no_init_weights():
+        model = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
+    model.tie_weights()
     return model.eval(), mode

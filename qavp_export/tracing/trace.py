@@ -190,7 +190,7 @@ def _simplify(model: ir.Model, parameter_names: Mapping[str, str], weights: Weig
         if value.uses():
             parameter = parameter_names[str(value.name)]
             value.metadata_props[PARAMETER] = parameter
-            value.const_value = weights(parameter, tuple(int(size) for size in value.shape or ()))
+            value.const_value = weights(parameter, value.shape.numpy() if value.shape is not None else ())
             graph.register_initializer(value)
 
 

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    SiglipVisionConfig,
 )
 
 CHAT_TEMPLATE = (
@@ -34,6 +35,7 @@ class TinySpec:
     """Sizes of a tiny LLaVA; odd on purpose."""
 
     decoder: str = "llama"
+    vision: str = "clip"
     hidden: int = 96
     intermediate: int = 160
     layers: int = 2
@@ -66,7 +68,8 @@ def make_llava(folder: Path, spec: TinySpec | None = None) -> Path:
 
 
 def _config(spec: TinySpec) -> LlavaConfig:
-    vision = CLIPVisionConfig(
+    tower = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[spec.vision]
+    vision = tower(
         hidden_size=spec.vision_hidden,
         intermediate_size=2 * spec.vision_hidden,
         num_hidden_layers=spec.vision_layers,
@@ -74,7 +77,10 @@ def _config(spec: TinySpec) -> LlavaConfig:
         image_size=spec.image_size,
         patch_size=spec.patch_size,
     )
+    # SigLIP has no [CLS] to drop, and published checkpoints take its last layer.
+    siglip = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
     return LlavaConfig(
+        **(siglip if spec.vision == "siglip" else {}),
         vision_config=vision,
         text_config=_text_config(spec),
         image_token_index=SPECIAL.index("<image>"),
@@ -119,7 +125,7 @@ def _processor(spec: TinySpec) -> LlavaProcessor:
         image_processor=CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False),
         tokenizer=fast,
         patch_size=spec.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy="full" if spec.vision == "siglip" else "default",
+        num_additional_image_tokens=0 if spec.vision == "siglip" else 1,
         chat_template=CHAT_TEMPLATE,
     )

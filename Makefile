@@ -1,0 +1,29 @@
+# make demo: export the demo model and ask it a question.  make test: everything CI runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/qavp-export --model examples/shapes_vqa/model --keep 0.125 --output demo_bundle --force
+	$(BIN)/qavp-run demo_bundle --image examples/shapes_vqa/samples/00.png --prompt "what color is the triangle?"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	# passes/ and engines/ are installed inside the qavp_export namespace: mypy reads an installed copy.
+	rm -rf build/installed
+	$(BIN)/pip install --quiet --no-deps --target build/installed .
+	cd build/installed && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p qavp_export
+
+# Pinned: without the constraints pip may fetch torch's CUDA build, several GB that nothing here uses.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,train]'
+	touch $@
+
+clean:
+	rm -rf .venv build demo_bundle

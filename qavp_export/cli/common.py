@@ -1,0 +1,70 @@
+"""What both commands share: errors as one line on stderr, with the exit code that says what kind it was."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from qavp_export.errors import QavpError
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def run_command(app: typer.Typer, prog: str, argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    A `QavpError` exits with its own code, a wrong flag with 2, Ctrl-C with 130, anything else with 1; each
+    with one line on stderr. `--debug` among the arguments adds the traceback of an error.
+
+    Args:
+        app: An app with one command.
+        prog: The command's name in help and messages.
+        argv: The arguments; None: the process's own.
+
+    Returns:
+        The exit code.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        # Not `app()`: typer would print usage errors in a box and swallow Ctrl-C.
+        with typer.main.get_command(app).make_context(prog, args.copy()) as context:
+            context.command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as stop:
+        return stop.exit_code
+    except KeyboardInterrupt:
+        _print_line("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of the output has left. The interpreter flushes stdout once more on exit: let it succeed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except Exception as error:
+        return _report(error, prog, debug="--debug" in args)
+    return 0
+
+
+def _report(error: Exception, prog: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    if isinstance(error, QavpError):
+        _print_line(f"error: {error}")
+        return error.exit_code
+    # Usage errors. typer carries its own copy of click, so their class has no one name to catch.
+    format_message = getattr(error, "format_message", None)
+    if callable(format_message):
+        _print_line(f"error: {str(format_message()).rstrip('.')}; see {prog} --help")
+        return EXIT_USAGE
+    hint = "" if debug else "; --debug shows where"
+    _print_line(f"error: unexpected {type(error).__name__}: {error}{hint}")
+    return EXIT_FAILURE
+
+
+def _print_line(message: str) -> None:
+    print(" ".join(message.split()), file=sys.stderr)  # noqa: T201
