@@ -30,8 +30,13 @@ def _two_linears(rng: np.random.Generator) -> ir.Model:
     """)
     model = ir.from_proto(proto)
     for name, shape in (("w", (K, N)), ("v", (N, K))):
-        tensor = ir.Tensor(rng.standard_normal(shape).astype(np.float32) * rng.uniform(0.1, 4, shape).astype(np.float32), name=name)
-        used = next(value for node in model.graph for value in node.inputs if value is not None and value.name == name)
+        tensor = ir.Tensor(
+            rng.standard_normal(shape).astype(np.float32) * rng.uniform(0.1, 4, shape).astype(np.float32),
+            name=name,
+        )
+        used = next(
+            value for node in model.graph for value in node.inputs if value is not None and value.name == name
+        )
         used.const_value, used.shape, used.type = tensor, tensor.shape, ir.TensorType(tensor.dtype)
         model.graph.register_initializer(used)
     return model
@@ -89,15 +94,21 @@ def test_stored_integers_equal_the_reference_exactly(rng: np.random.Generator) -
     np.testing.assert_array_equal(parts["w.steps"].numpy(), expected.steps)
 
 
-def test_run_time_codes_and_scales_equal_the_reference_exactly(tmp_path: Path, rng: np.random.Generator) -> None:
+def test_run_time_codes_and_scales_equal_the_reference_exactly(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
     model = _two_linears(rng)
     PlaceQdq(GROUP, (("first", W4A4),))(model)
     scale = next(node for node in model.graph if node.op_type == "TwoLevelScale").outputs[0]
-    values = next(node for node in model.graph if node.op_type == "DequantizeLinear" and "x/" in node.name).outputs[0]
+    values = next(
+        node for node in model.graph if node.op_type == "DequantizeLinear" and "x/" in node.name
+    ).outputs[0]
     for value in (scale, values):
         value.dtype = ir.DataType.FLOAT
         model.graph.outputs.append(value)
-    x = rng.standard_normal((3, 4, K)).astype(np.float32) * 10.0 ** rng.integers(-6, 7, (3, 4, K)).astype(np.float32)
+    x = rng.standard_normal((3, 4, K)).astype(np.float32) * 10.0 ** rng.integers(-6, 7, (3, 4, K)).astype(
+        np.float32
+    )
     x[0, 0] = 0
     x[1, 1] = 65504
     x[2, 0, :GROUP] = 0
@@ -201,7 +212,11 @@ def test_store_half_casts_rows_of_a_table_after_the_gather(tmp_path: Path) -> No
     model = ir.from_proto(proto)
     table = model.graph[0].inputs[0]
     values = np.arange(15, dtype=np.float32).reshape(5, 3)
-    table.const_value, table.shape, table.type = ir.Tensor(values, name="t"), ir.Shape((5, 3)), ir.TensorType(ir.DataType.FLOAT)
+    table.const_value, table.shape, table.type = (
+        ir.Tensor(values, name="t"),
+        ir.Shape((5, 3)),
+        ir.TensorType(ir.DataType.FLOAT),
+    )
     model.graph.register_initializer(table)
     StoreHalf({"t": ir.DataType.FLOAT16})(model)
     assert [node.op_type for node in model.graph] == ["Gather", "Cast"]
