@@ -39,9 +39,7 @@ class EngineOptions:
 class DecoderSession(Protocol):
     """One running generation: the decoder and the key/value cache of its batch."""
 
-    def prefill(
-        self, inputs_embeds: FloatArray, attention_mask: IntArray, position_ids: IntArray
-    ) -> FloatArray:
+    def prefill(self, inputs_embeds: FloatArray, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
         """Runs the prompts and fills the cache.
 
         Args:
@@ -148,8 +146,6 @@ def load_engine(name: str, bundle: Path, manifest: Manifest, options: EngineOpti
     try:
         module = importlib.import_module(entry.module)
     except ImportError as error:
-        raise UnavailableError(
-            f"engine {name!r} cannot be imported ({error}); install {entry.install}"
-        ) from error
+        raise UnavailableError(f"engine {name!r} cannot be imported ({error}); install {entry.install}") from error
     factory = cast(EngineFactory, getattr(module, entry.attribute))
     return factory(bundle, manifest, options)

@@ -8,8 +8,8 @@ from types import MappingProxyType
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
-from qavp_export.engines import EngineOptions, FloatArray, IntArray
 
+from qavp_export.engines import EngineOptions, FloatArray, IntArray
 from qavp_export.errors import BundleError, InputError, QavpError
 from qavp_export.manifest import Manifest
 
@@ -99,9 +99,7 @@ class OrtDecoderSession:
         self._no_images = no_images
         self._cache: _Values = {}
 
-    def prefill(
-        self, inputs_embeds: FloatArray, attention_mask: IntArray, position_ids: IntArray
-    ) -> FloatArray:
+    def prefill(self, inputs_embeds: FloatArray, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
         """See `DecoderSession.prefill`."""
         heads, channels = self._cache_shape
         empty = _value(np.zeros((inputs_embeds.shape[0], heads, 0, channels), np.float32), np.float32)
@@ -124,8 +122,7 @@ class OrtDecoderSession:
             }
         )
         self._cache = {
-            past: outputs[present]
-            for past, present in zip(self._past_names, self._present_names, strict=True)
+            past: outputs[present] for past, present in zip(self._past_names, self._present_names, strict=True)
         }
         logits: FloatArray = outputs["logits"].numpy()
         return logits
@@ -143,13 +140,9 @@ class _Graph:
         if not path.is_file():
             raise BundleError(f"{path} is missing; export the bundle again")
         try:
-            self._session = ort.InferenceSession(
-                str(path), sess_options=settings, providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(str(path), sess_options=settings, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base class
-            raise BundleError(
-                f"{path} cannot be opened ({_one_line(error)}); export the bundle again"
-            ) from error
+            raise BundleError(f"{path} cannot be opened ({_one_line(error)}); export the bundle again") from error
         found_inputs = {value.name for value in self._session.get_inputs()}
         missing = sorted(found_inputs ^ set(inputs))
         missing += sorted(set(outputs) - {value.name for value in self._session.get_outputs()})
@@ -170,9 +163,7 @@ class _Graph:
 
 def _session_options(options: EngineOptions) -> ort.SessionOptions:
     if options.graph_optimization not in _LEVELS:
-        raise InputError(
-            f"graph_optimization is {options.graph_optimization!r}; choose one of {', '.join(_LEVELS)}"
-        )
+        raise InputError(f"graph_optimization is {options.graph_optimization!r}; choose one of {', '.join(_LEVELS)}")
     if options.threads is not None and options.threads < 1:
         raise InputError(f"threads is {options.threads}; give 1 or more, or leave it out")
     settings = ort.SessionOptions()

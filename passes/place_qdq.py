@@ -98,18 +98,14 @@ class PlaceQdq(RewritePass):
         for part in parts.values():
             _graph(node).register_initializer(part)
         if scheme.weights == "int4":
-            multipliers = _insert(
-                node, "Cast", [parts["multipliers"]], "weight/Cast", {"to": ir.DataType.FLOAT}
-            )
+            multipliers = _insert(node, "Cast", [parts["multipliers"]], "weight/Cast", {"to": ir.DataType.FLOAT})
             multipliers.dtype, multipliers.shape = ir.DataType.FLOAT, parts["multipliers"].shape
             scales = _insert(node, "Mul", [multipliers, parts["steps"]], "weight/Mul")
             scales.dtype, scales.shape = ir.DataType.FLOAT, parts["multipliers"].shape
         else:
             scales = parts["scales"]
         attributes = {"axis": 0, "block_size": self.group_size}
-        dequantized = _insert(
-            node, "DequantizeLinear", [parts["codes"], scales], "weight/DequantizeLinear", attributes
-        )
+        dequantized = _insert(node, "DequantizeLinear", [parts["codes"], scales], "weight/DequantizeLinear", attributes)
         dequantized.dtype, dequantized.shape = ir.DataType.FLOAT, weight.shape
         node.replace_input_with(1, dequantized)
         if not weight.uses():
@@ -191,9 +187,7 @@ def _two_level_parts(weight: ir.Value, group_size: int) -> dict[str, ir.Value]:
     int4, uint4, f32 = ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.FLOAT
     return {
         "codes": _part(weight, "codes", int4, (channels, outputs), lambda: result.read().codes.T),
-        "multipliers": _part(
-            weight, "multipliers", uint4, (groups, outputs), lambda: result.read().multipliers.T
-        ),
+        "multipliers": _part(weight, "multipliers", uint4, (groups, outputs), lambda: result.read().multipliers.T),
         "steps": _part(weight, "steps", f32, (outputs,), lambda: result.read().steps),
     }
 
@@ -229,9 +223,7 @@ def _part(
     name = f"{weight.name}.{part}"
 
     def evaluate() -> ir.TensorProtocol:
-        return ir.Tensor(
-            np.ascontiguousarray(read()).astype(dtype.numpy(), copy=False), dtype=dtype, name=name
-        )
+        return ir.Tensor(np.ascontiguousarray(read()).astype(dtype.numpy(), copy=False), dtype=dtype, name=name)
 
     lazy = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)
     return ir.Value(

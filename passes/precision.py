@@ -39,11 +39,7 @@ def realized_precision(model: ir.Model) -> list[RealizedPrecision]:
 def _precision(node: ir.Node, stored: ir.DataType) -> str:
     if stored.is_integer():
         activation = node.inputs[0].producer() if node.inputs[0] is not None else None
-        codes = (
-            activation.inputs[0]
-            if activation is not None and activation.op_type == "DequantizeLinear"
-            else None
-        )
+        codes = activation.inputs[0] if activation is not None and activation.op_type == "DequantizeLinear" else None
         bits = codes.dtype.bitwidth if codes is not None and codes.dtype is not None else 16
         return f"w{stored.bitwidth}a{bits}"
     return {ir.DataType.FLOAT: "float32"}.get(stored, stored.name.lower())

@@ -44,13 +44,9 @@ class BundleWriter:
         check_target(target, force=force)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(
-                tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-            )
+            self.folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         except OSError as error:
-            raise InputError(
-                f"cannot write to {target.parent} ({error.strerror}); choose another -o"
-            ) from error
+            raise InputError(f"cannot write to {target.parent} ({error.strerror}); choose another -o") from error
         # mkdtemp makes a private folder; a bundle is as readable as anything else the user writes.
         umask = os.umask(0)
         os.umask(umask)
@@ -137,17 +133,13 @@ def check_target(target: Path, *, force: bool) -> None:
     if not force:
         raise InputError(f"{target} exists; pass --force to replace it, or choose another -o")
     if any(target.iterdir()) and not (target / MANIFEST_NAME).is_file():
-        raise InputError(
-            f"{target} holds files that are not a bundle; --force will not remove it: choose another -o"
-        )
+        raise InputError(f"{target} holds files that are not a bundle; --force will not remove it: choose another -o")
 
 
 def list_files(folder: Path) -> list[FileEntry]:
     """Returns every file below `folder` except the manifest, sorted by path, with size and SHA-256."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
-    return [
-        FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path)) for path in paths
-    ]
+    return [FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path)) for path in paths]
 
 
 def verify_files(bundle: Path, manifest: Manifest) -> None:
@@ -162,12 +154,8 @@ def verify_files(bundle: Path, manifest: Manifest) -> None:
         if actual is None:
             raise BundleError(f"{bundle / entry.path} is missing; export the bundle again")
         if actual != entry:
-            what = (
-                f"{actual.bytes} bytes, not {entry.bytes}" if actual.bytes != entry.bytes else "other content"
-            )
-            raise BundleError(
-                f"{bundle / entry.path} was changed after the export ({what}); export the bundle again"
-            )
+            what = f"{actual.bytes} bytes, not {entry.bytes}" if actual.bytes != entry.bytes else "other content"
+            raise BundleError(f"{bundle / entry.path} was changed after the export ({what}); export the bundle again")
     if found:
         raise BundleError(f"{bundle / min(found)} is not part of the bundle; remove it")
 

@@ -215,11 +215,7 @@ class Checkpoint:
         """
         with reading(self.folder):
             names = sorted(path.name for path in self.folder.iterdir() if path.is_file())
-        chosen = [
-            self.folder / name
-            for name in names
-            if any(fnmatchcase(name, pattern) for pattern in _EXTRA_FILES)
-        ]
+        chosen = [self.folder / name for name in names if any(fnmatchcase(name, pattern) for pattern in _EXTRA_FILES)]
         for path in chosen:
             with reading(path), path.open("rb") as file:
                 refuse_lfs_pointer(path, file.read(64))
@@ -229,8 +225,7 @@ class Checkpoint:
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(
-                f"{self.folder} has no tensor {shown(name)}; "
-                "check that its config.json and weights belong together"
+                f"{self.folder} has no tensor {shown(name)}; check that its config.json and weights belong together"
             )
         return info
 

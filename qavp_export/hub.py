@@ -121,8 +121,7 @@ class _Request:
             folder = self._snapshot(local_files_only=True)
         except HFValidationError as error:
             raise InputError(
-                f"{shown(self.repo)} is neither a folder here nor a valid Hub id (org/name); "
-                "check the spelling"
+                f"{shown(self.repo)} is neither a folder here nor a valid Hub id (org/name); check the spelling"
             ) from error
         except LocalEntryNotFoundError:
             return None, "is not, or not completely, in the local Hub cache"
@@ -145,8 +144,7 @@ class _Request:
                 model_info(self.repo, revision=self.revision)
         except GatedRepoError as error:
             raise UnavailableError(
-                f"{self.repo} is gated; accept its terms on its Hub page, log in with `hf auth login`, "
-                "and run again"
+                f"{self.repo} is gated; accept its terms on its Hub page, log in with `hf auth login`, and run again"
             ) from error
         except RepositoryNotFoundError as error:
             near = _did_you_mean(self.repo, list(SHORT_NAMES.values()))
@@ -156,8 +154,7 @@ class _Request:
             ) from error
         except RevisionNotFoundError as error:
             raise InputError(
-                f"{self.repo} has no revision {shown(str(self.revision))}; "
-                "give one of its branches, tags or commits"
+                f"{self.repo} has no revision {shown(str(self.revision))}; give one of its branches, tags or commits"
             ) from error
         except DisabledRepoError as error:
             raise UnavailableError(f"{self.repo} has been disabled on the Hub; use another model") from error
@@ -214,15 +211,11 @@ def _local_folder(model: str) -> Path | None:
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, NUL byte, unknown ~user
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(
-            f"model {shown(model)} is no usable path or name ({reason}); check the spelling"
-        ) from error
+        raise InputError(f"model {shown(model)} is no usable path or name ({reason}); check the spelling") from error
     if is_folder and model:
         return path
     if exists and model:
-        raise InputError(
-            f"model {shown(model)} is a file; give the checkpoint's folder, a short name or a Hub id"
-        )
+        raise InputError(f"model {shown(model)} is a file; give the checkpoint's folder, a short name or a Hub id")
     if model.startswith(("/", "./", "../", "~")) or model.endswith("/") or model.count("/") > 1:
         raise InputError(f"model folder {shown(model)} does not exist; check the path")
     return None
@@ -239,9 +232,7 @@ def _repo_id(model: str) -> str:
     names = list(SHORT_NAMES)
     if "/" not in model:
         near = _did_you_mean(model, names) or f"; the short names are {', '.join(names)}"
-        raise InputError(
-            f"unknown model {shown(model) or '(empty)'}{near}; or give a folder or a Hub id (org/name)"
-        )
+        raise InputError(f"unknown model {shown(model) or '(empty)'}{near}; or give a folder or a Hub id (org/name)")
     return model
 
 

@@ -33,7 +33,7 @@ Verdict = Literal["PASS", "FAIL", "NOT COMPARED"]
 # Float graphs differ from torch by the order of sums. Relative to the largest logit.
 FLOAT_TOLERANCE = 1e-3
 # Under W4A4 that rounding moves single activations across a rounding boundary, by one 4-bit step. Measured on tiny
-# random models and the demo model: cosine above 0.9999; an error of arithmetic (a wrong scale, one group off) gives < 0.99.
+# random models and the demo model: cosine above 0.9999; an error of arithmetic (multipliers one group off) gives < 0.99.
 W4A4_COSINE = 0.999
 # Two scores closer than this are a tie as far as float32 sums can tell.
 SCORE_TOLERANCE = 1e-5
@@ -97,9 +97,7 @@ def check_parity(
     """
     needed, available = _reference_bytes(checkpoint), _available_bytes()
     if needed > available:
-        reason = (
-            f"the reference needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free"
-        )
+        reason = f"the reference needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free"
         return Parity("NOT COMPARED", reason, "nothing")
     # Fusions of quantized layers move results by up to 0.02; parity is about the graph as it is written.
     engine = load_engine("ort-cpu", bundle, manifest, EngineOptions(graph_optimization="disable"))
@@ -149,9 +147,7 @@ class _Prompts:
 class _Reference:
     """The Hugging Face model with pruning and fake quantization by `numerics/`."""
 
-    def __init__(
-        self, checkpoint: Path, plan: Plan, settings: Settings, quantized: Mapping[str, str]
-    ) -> None:
+    def __init__(self, checkpoint: Path, plan: Plan, settings: Settings, quantized: Mapping[str, str]) -> None:
         with _no_progress_bar():
             auto: Any = AutoModelForImageTextToText
             model = auto.from_pretrained(
@@ -194,9 +190,7 @@ class _Reference:
             draw = random_relevance(self._settings.recipe.seed, features.shape[1])
             return np.broadcast_to(draw, features.shape[:2])
         with torch.no_grad():
-            attentions = self._model.model.vision_tower(
-                torch.from_numpy(pixels), output_attentions=True
-            ).attentions
+            attentions = self._model.model.vision_tower(torch.from_numpy(pixels), output_attentions=True).attentions
         layer = self._model.config.vision_feature_layer
         last = layer if isinstance(layer, int) else layer[-1]
         # hidden_states[i] is the output of layer i - 1.
@@ -253,17 +247,12 @@ def _prompts(rng: np.random.Generator, plan: Plan, tokens_kept: int) -> _Prompts
     """Returns two prompts with one image each and text of different lengths."""
     text_ids = np.array([token for token in range(plan.vocab_size) if token != plan.image_token_id])
     image = np.full(tokens_kept, plan.image_token_id)
-    rows = [
-        np.concatenate([rng.choice(text_ids, 2), image, rng.choice(text_ids, length)])
-        for length in _TEXT_LENGTHS
-    ]
+    rows = [np.concatenate([rng.choice(text_ids, 2), image, rng.choice(text_ids, length)]) for length in _TEXT_LENGTHS]
     width = max(map(len, rows))
     ids = [np.pad(row, (width - len(row), 0), constant_values=text_ids[0]) for row in rows]
     mask = [np.pad(np.ones_like(row), (width - len(row), 0)) for row in rows]
     next_ids = rng.choice(text_ids, (len(rows), 1))
-    return _Prompts(
-        np.stack(ids).astype(np.int64), np.stack(mask).astype(np.int64), next_ids.astype(np.int64)
-    )
+    return _Prompts(np.stack(ids).astype(np.int64), np.stack(mask).astype(np.int64), next_ids.astype(np.int64))
 
 
 def _run_engine(engine: Engine, prompts: _Prompts, image_features: FloatArray) -> FloatArray:

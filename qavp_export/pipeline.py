@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 
 from qavp_export.bundle import BundleWriter
@@ -60,9 +61,7 @@ class Source:
     plan: Plan
 
 
-def export(
-    folder: Path, recipe: Recipe, target: Path, *, name: str, force: bool, progress: Progress
-) -> Manifest:
+def export(folder: Path, recipe: Recipe, target: Path, *, name: str, force: bool, progress: Progress) -> Manifest:
     """Exports a checkpoint folder as a bundle.
 
     Args:
@@ -121,13 +120,11 @@ def read_plan(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Family, Pla
     try:
         parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return parsed, family, family.plan(parsed)
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, StrictDataclassError) as error:
         raise CheckpointError(f"{folder / 'config.json'} is not valid: {_one_line(error)}") from error
 
 
-def trace(
-    source: Source, progress: Callable[[int, int], None]
-) -> tuple[dict[str, ir.Model], CheckpointWeights]:
+def trace(source: Source, progress: Callable[[int, int], None]) -> tuple[dict[str, ir.Model], CheckpointWeights]:
     """Traces the three components; their initializers are lazy tensors of the checkpoint.
 
     Raises:
@@ -135,14 +132,15 @@ def trace(
     """
     skeleton, mode = build_skeleton(source.config)
     weights = CheckpointWeights(source.checkpoint, source.family, skeleton)
+    # What the headers tell is checked before the tracing takes its time; what is missing shows after it, because a
+    # checkpoint need not hold layers that the graphs do not use.
+    weights.check_stored()
     graphs = trace_components(source.family, source.plan, skeleton, mode, weights.tensor, progress)
     weights.check(_parameters(graphs))
     return graphs, weights
 
 
-def rewrite(
-    graphs: Mapping[str, ir.Model], settings: Settings, source: Source, weights: CheckpointWeights
-) -> None:
+def rewrite(graphs: Mapping[str, ir.Model], settings: Settings, source: Source, weights: CheckpointWeights) -> None:
     """Runs the passes on the traced graphs, in place."""
     recipe = settings.recipe
     for graph in graphs.values():
@@ -164,9 +162,7 @@ def rewrite(
     if schemes:
         refused = PlaceQdq(settings.group_size, schemes)(graphs["decoder"]).refused
         if refused:
-            raise QavpError(
-                f"{refused[0].node_name} cannot be quantized: {refused[0].reason}; use --recipe none"
-            )
+            raise QavpError(f"{refused[0].node_name} cannot be quantized: {refused[0].reason}; use --recipe none")
     for graph in graphs.values():
         StoreHalf(_stored_dtypes(graph, weights))(graph)
 

@@ -87,9 +87,7 @@ def reading(path: Path) -> Iterator[None]:
 def refuse_lfs_pointer(path: Path, start: bytes) -> None:
     """Raises CheckpointError if a file that begins with `start` is a Git LFS pointer, not the file itself."""
     if start.startswith(_LFS_PREFIX):
-        raise CheckpointError(
-            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}"
-        )
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in {path.parent}")
 
 
 def parse_json_object(path: Path, data: bytes, what: str) -> dict[str, Any]:
@@ -279,9 +277,7 @@ def _no_weights(folder: Path) -> CheckpointError:
     files = sorted(path.name for path in folder.iterdir() if path.is_file())
     neither = f"neither {SINGLE_FILE} nor {INDEX_FILE}"
     if strays := [name for name in files if name.endswith(".safetensors")]:
-        return CheckpointError(
-            f"{folder} has {shown(strays[0])} but {neither}; download the whole checkpoint"
-        )
+        return CheckpointError(f"{folder} has {shown(strays[0])} but {neither}; download the whole checkpoint")
     pickles = [name for name in files if any(fnmatchcase(name, pattern) for pattern in _PICKLES)]
     if pickles:
         return CheckpointError(

@@ -68,7 +68,8 @@ def _group_size(recipe: Recipe, plan: Plan) -> int:
     for count in sorted(channels):
         if count % recipe.group_size:
             raise RecipeError(
-                f"group_size {recipe.group_size} does not divide the model's {count} channels; leave it out to choose one"
+                f"group_size {recipe.group_size} does not divide the model's {count} channels; "
+                "leave it out to have one chosen"
             )
     return recipe.group_size
 

@@ -30,11 +30,22 @@ class CheckpointWeights:
         self._checkpoint = checkpoint
         self._names = family.parameter_names(checkpoint.tensors)
         self._tied: dict[str, list[str]] = {}
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
         groups: dict[int, list[str]] = {}
         for name, parameter in skeleton.named_parameters(remove_duplicate=False):
             group = groups.setdefault(id(parameter), [])
             group.append(name)
             self._tied[name] = group
+
+    def check_stored(self) -> None:
+        """Checks shapes and dtypes of the parameters that the checkpoint holds; reads no weight.
+
+        Raises:
+            CheckpointError: Tensors have another shape or dtype; the message names them.
+        """
+        self.check(
+            {name: shape for name, shape in self._shapes.items() if self._source(name) in self._checkpoint.tensors}
+        )
 
     def check(self, parameters: Mapping[str, tuple[int, ...]]) -> None:
         """Checks that the checkpoint holds every parameter in the right shape; reads no weight.

@@ -69,7 +69,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path: Path) -> Non
         with BundleWriter(tmp_path / "bundle", force=False):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(QavpError, match="no space left for .*bundle; free some or choose another -o") as caught:
+    with pytest.raises(QavpError, match=r"no space left for .*bundle; free some or choose another -o") as caught:
         fail()
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []

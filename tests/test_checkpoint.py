@@ -61,9 +61,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def write_index(folder: Path, weight_map: object) -> None:
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def message(folder: Path) -> str:
@@ -152,10 +150,7 @@ class TestReading:
 
 class TestConfig:
     def test_no_folder(self, tmp_path: Path) -> None:
-        assert (
-            message(tmp_path / "nowhere")
-            == f"checkpoint folder {tmp_path}/nowhere does not exist; check the path"
-        )
+        assert message(tmp_path / "nowhere") == f"checkpoint folder {tmp_path}/nowhere does not exist; check the path"
 
     def test_folder_name_too_long(self, tmp_path: Path) -> None:
         assert "does not exist" in message(tmp_path / ("x" * 5000))
@@ -165,9 +160,7 @@ class TestConfig:
 
     def test_no_config(self, single: Path) -> None:
         (single / "config.json").unlink()
-        assert message(single).startswith(
-            f"{single} has no config.json; give the folder of a Hugging Face checkpoint"
-        )
+        assert message(single).startswith(f"{single} has no config.json; give the folder of a Hugging Face checkpoint")
 
     @pytest.mark.parametrize(
         ("content", "expected"),
@@ -242,14 +235,10 @@ class TestChecks:
                 checkpoint.read("x")
 
     def test_prequantized_by_config(self, single: Path) -> None:
-        (single / "config.json").write_text(
-            json.dumps(CONFIG | {"quantization_config": {"quant_method": "gptq"}})
-        )
+        (single / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": {"quant_method": "gptq"}}))
         checkpoint = Checkpoint.open(single)
         checkpoint.check_expected({"a.weight": (3, 5)})
-        with pytest.raises(
-            CheckpointError, match=r"1 tensor missing \(q\.weight\); pre-quantized checkpoints"
-        ):
+        with pytest.raises(CheckpointError, match=r"1 tensor missing \(q\.weight\); pre-quantized checkpoints"):
             checkpoint.check_expected({"q.weight": (3, 5)})
 
     @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
@@ -259,9 +248,7 @@ class TestChecks:
         array = np.full((300, 400), np.finfo(np.float16).max, dtype)
         array[200, 7] = array[299, 399] = value
         save_file({"x": array}, single / "model.safetensors")
-        expected = (
-            r"tensor x in .*model\.safetensors has 2 NaN or infinite values, the first at index \(200, 7\)"
-        )
+        expected = r"tensor x in .*model\.safetensors has 2 NaN or infinite values, the first at index \(200, 7\)"
         with pytest.raises(CheckpointError, match=expected):
             Checkpoint.open(single).read_checked("x", (300, 400))
 

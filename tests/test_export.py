@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,35 +142,30 @@ def test_same_recipe_and_checkpoint_give_identical_bytes(tmp_path: Path, tiny_ll
     assert again.files == Manifest.read(w4a4).files
 
 
-def test_both_name_styles_of_checkpoints_give_identical_graphs(tmp_path: Path, tiny_llava: Path, w4a4: Path) -> None:
-    old = tmp_path / "old-style"
-    old.mkdir()
-    for file in tiny_llava.iterdir():
-        if file.suffix != ".safetensors":
-            (old / file.name).write_bytes(file.read_bytes())
-    tensors = safetensors.torch.load_file(tiny_llava / "model.safetensors")
-    # As llava-hf/llava-1.5-7b-hf stores them.
-    prefixes = {
-        "model.language_model.": "language_model.model.",
-        "lm_head.": "language_model.lm_head.",
-        "model.vision_tower.": "vision_tower.",
-        "model.multi_modal_projector.": "multi_modal_projector.",
-        "language_model.": None,
-        "vision_tower.": None,
-        "multi_modal_projector.": None,
-    }
+# transformers writes `language_model.model.` and `vision_tower.encoder.`; these are the other two styles in use.
+NAME_STYLES = {
+    "llava-hf/llava-1.5-7b-hf": {"vision_tower.": "vision_tower.vision_model."},
+    "transformers 4.5x": {
+        "language_model.lm_head.": "lm_head.",
+        "language_model.model.": "model.language_model.",
+        "vision_tower.": "model.vision_tower.vision_model.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    },
+}
+
+
+@pytest.mark.parametrize("style", NAME_STYLES)
+def test_every_name_style_gives_identical_graphs(tmp_path: Path, tiny_llava: Path, w4a4: Path, style: str) -> None:
+    renamed_folder = tmp_path / "renamed"
+    shutil.copytree(tiny_llava, renamed_folder)
     renamed = {}
-    for name, tensor in tensors.items():
-        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
-        replacement = prefixes[prefix]
-        new = name if replacement is None else replacement + name.removeprefix(prefix)
-        new = new.replace("vision_tower.", "vision_tower.vision_model.") if "vision_model" not in new else new
-        renamed[new] = tensor
-    assert set(renamed) != set(tensors) or any("language_model.model." in name for name in tensors)
-    safetensors.torch.save_file(renamed, old / "model.safetensors", metadata={"format": "pt"})
-    manifest = _export(old, tmp_path / "bundle", keep=0.3)
-    expected = {entry.path: entry.sha256 for entry in Manifest.read(w4a4).files}
-    assert {entry.path: entry.sha256 for entry in manifest.files} == expected
+    for name, tensor in safetensors.torch.load_file(tiny_llava / "model.safetensors").items():
+        old, new = next((pair for pair in NAME_STYLES[style].items() if name.startswith(pair[0])), ("", ""))
+        renamed[new + name.removeprefix(old)] = tensor
+    safetensors.torch.save_file(renamed, renamed_folder / "model.safetensors", metadata={"format": "pt"})
+    assert "vision_tower.vision_model.pre_layrnorm.bias" in {name.removeprefix("model.") for name in renamed}
+    manifest = _export(renamed_folder, tmp_path / "bundle", keep=0.3)
+    assert manifest.files == Manifest.read(w4a4).files
 
 
 @pytest.mark.parametrize("semantic", ["received", "norm", "random"])

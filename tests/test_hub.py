@@ -33,9 +33,7 @@ COMPLETE = {
 }
 SHARDED = {
     "config.json": "{}",
-    "model.safetensors.index.json": json.dumps(
-        {"weight_map": {"a": "s1.safetensors", "b": "s2.safetensors"}}
-    ),
+    "model.safetensors.index.json": json.dumps({"weight_map": {"a": "s1.safetensors", "b": "s2.safetensors"}}),
     "s1.safetensors": "",
     "s2.safetensors": "",
     "tokenizer.model": "",
@@ -181,13 +179,9 @@ class TestShortNames:
 class TestCache:
     @pytest.mark.parametrize("files", [COMPLETE, SHARDED])
     @pytest.mark.parametrize("offline", [True, False])
-    def test_complete_snapshot_needs_no_network(
-        self, files: dict[str, str], offline: bool, cache: Path
-    ) -> None:
+    def test_complete_snapshot_needs_no_network(self, files: dict[str, str], offline: bool, cache: Path) -> None:
         snapshot = fill_cache(cache, files)
-        assert resolve_model(REPO, offline=offline, cache_dir=cache) == ResolvedModel(
-            snapshot, f"{REPO}@{COMMIT}"
-        )
+        assert resolve_model(REPO, offline=offline, cache_dir=cache) == ResolvedModel(snapshot, f"{REPO}@{COMMIT}")
 
     def test_user_cache(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
@@ -289,9 +283,7 @@ class TestDownload:
         assert resolve_model(REPO, config_only=True, cache_dir=cache).source == f"{REPO}@{COMMIT}"
         assert fake.downloads[0]["allow_patterns"] == ["config.json"]
 
-    def test_progress_can_be_silenced(
-        self, cache: Path, fake: FakeHub, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_progress_can_be_silenced(self, cache: Path, fake: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
         fake.on_download = lambda _: str(fill_cache(cache, COMPLETE))
         resolve_model(REPO, cache_dir=cache, progress=False)
         with fake.downloads[0]["tqdm_class"](total=10, desc="bytes") as bar:
@@ -332,16 +324,12 @@ class TestDownload:
             ),
         ],
     )
-    def test_failures(
-        self, error: Exception, kind: type[QavpError], expected: str, cache: Path, fake: FakeHub
-    ) -> None:
+    def test_failures(self, error: Exception, kind: type[QavpError], expected: str, cache: Path, fake: FakeHub) -> None:
         fake.on_download = failing(error)
         text = line(kind, REPO, revision="v9", cache_dir=cache)
         assert expected in text
         if "cannot be downloaded" in text:
-            assert (
-                f"`hf download {REPO} --revision v9 --local-dir FOLDER`, then pass `--model FOLDER`" in text
-            )
+            assert f"`hf download {REPO} --revision v9 --local-dir FOLDER`, then pass `--model FOLDER`" in text
 
     def test_cause_is_shown(self, cache: Path, fake: FakeHub) -> None:
         error = LocalEntryNotFoundError("please check your connection")
@@ -366,9 +354,7 @@ class TestDownload:
         files = {name: text for name, text in COMPLETE.items() if name != "model.safetensors"}
         fake.on_download = lambda _: str(fill_cache(cache, files))
         text = line(CheckpointError, REPO, cache_dir=cache)
-        assert text.startswith(
-            f"{REPO} on the Hub has no model.safetensors or model.safetensors.index.json; choose"
-        )
+        assert text.startswith(f"{REPO} on the Hub has no model.safetensors or model.safetensors.index.json; choose")
 
     def test_client_falls_back_to_a_partial_snapshot(self, cache: Path, fake: FakeHub) -> None:
         # With the Hub out of reach, the client returns what an older version of it left in the cache.

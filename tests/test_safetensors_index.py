@@ -60,15 +60,11 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def write_index(folder: Path, weight_map: object) -> None:
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:
-    weight_map: dict[str, str] = json.loads((folder / "model.safetensors.index.json").read_text())[
-        "weight_map"
-    ]
+    weight_map: dict[str, str] = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     return weight_map
 
 
@@ -124,9 +120,7 @@ class TestWeightFiles:
     def test_missing_shard(self, sharded: Path) -> None:
         (sharded / SHARDS[1]).unlink()
         text = message(sharded)
-        assert text.startswith(
-            f"{SHARDS[1]} is missing from {sharded}, though model.safetensors.index.json names it"
-        )
+        assert text.startswith(f"{SHARDS[1]} is missing from {sharded}, though model.safetensors.index.json names it")
 
     def test_dangling_link_is_a_missing_shard(self, sharded: Path) -> None:
         (sharded / SHARDS[1]).unlink()
@@ -164,9 +158,7 @@ class TestWeightFiles:
         write_index(sharded, {"a.weight": name})
         assert "which cannot exist" in message(sharded)
 
-    @pytest.mark.parametrize(
-        "content", [b"{", b"[]", LFS_POINTER, b"{}", b'{"weight_map": []}', b'{"weight_map": {}}']
-    )
+    @pytest.mark.parametrize("content", [b"{", b"[]", LFS_POINTER, b"{}", b'{"weight_map": []}', b'{"weight_map": {}}'])
     def test_bad_index(self, sharded: Path, content: bytes) -> None:
         (sharded / "model.safetensors.index.json").write_bytes(content)
         text = message(sharded)
@@ -207,9 +199,7 @@ class TestWeightFiles:
             raise PermissionError(13, "Permission denied", str(self))
 
         monkeypatch.setattr(Path, "open", fail)
-        with pytest.raises(
-            CheckpointError, match=r"cannot read .*model\.safetensors: Permission denied; check"
-        ):
+        with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors: Permission denied; check"):
             find_weights(single)
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
 import typer
 
@@ -14,13 +18,22 @@ from qavp_export.errors import QavpError
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_TERMINATED = 143  # 128 + SIGTERM
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, raised as an exception so that it cleans up as Ctrl-C does."""
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise _Terminated
 
 
 def run_command(app: typer.Typer, prog: str, argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
 
-    A `QavpError` exits with its own code, a wrong flag with 2, Ctrl-C with 130, anything else with 1; each
-    with one line on stderr. `--debug` among the arguments adds the traceback of an error.
+    A `QavpError` exits with its own code, a wrong flag with 2, Ctrl-C with 130, SIGTERM with 143, anything else
+    with 1; each with one line on stderr. `--debug` among the arguments adds the traceback of an error.
 
     Args:
         app: An app with one command.
@@ -31,6 +44,16 @@ def run_command(app: typer.Typer, prog: str, argv: Sequence[str] | None = None) 
         The exit code.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
+    try:
+        return _run(app, prog, args)
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _run(app: typer.Typer, prog: str, args: list[str]) -> int:
     try:
         # Not `app()`: typer would print usage errors in a box and swallow Ctrl-C.
         with typer.main.get_command(app).make_context(prog, args.copy()) as context:
@@ -38,9 +61,9 @@ def run_command(app: typer.Typer, prog: str, argv: Sequence[str] | None = None) 
         sys.stdout.flush()
     except typer.Exit as stop:
         return stop.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         _print_line("interrupted")
-        return EXIT_INTERRUPTED
+        return EXIT_TERMINATED if isinstance(stop, _Terminated) else EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of the output has left. The interpreter flushes stdout once more on exit: let it succeed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -51,15 +51,11 @@ def export_command(
     ] = None,
     score_input: Annotated[
         str | None,
-        typer.Option(
-            help="Score raw features, or rms: each token divided by its root mean square. [default: raw]"
-        ),
+        typer.Option(help="Score raw features, or rms: each token divided by its root mean square. [default: raw]"),
     ] = None,
     positions: Annotated[
         str | None,
-        typer.Option(
-            help="Position ids of the shortened prompt: contiguous or original. [default: contiguous]"
-        ),
+        typer.Option(help="Position ids of the shortened prompt: contiguous or original. [default: contiguous]"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the random scorer. [default: 0]")] = None,
     group_size: Annotated[
@@ -167,9 +163,7 @@ def _verify(bundle: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"bundle": str(bundle), "files": len(manifest.files), "valid": True}))
     else:
-        typer.echo(
-            f"{bundle} is valid: {len(manifest.files)} files unchanged, {len(manifest.components)} graphs load"
-        )
+        typer.echo(f"{bundle} is valid: {len(manifest.files)} files unchanged, {len(manifest.components)} graphs load")
 
 
 def _list_models(as_json: bool) -> None:
@@ -178,8 +172,7 @@ def _list_models(as_json: bool) -> None:
 
     if as_json:
         families = {
-            name: {"description": family.description, "scorers": family.scorers}
-            for name, family in FAMILIES.items()
+            name: {"description": family.description, "scorers": family.scorers} for name, family in FAMILIES.items()
         }
         typer.echo(json.dumps({"families": families, "short_names": dict(SHORT_NAMES)}))
         return

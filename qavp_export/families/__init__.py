@@ -22,7 +22,5 @@ def family_for(model_type: str | None) -> Family:
     """
     if model_type is None or model_type not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))
-        raise CheckpointError(
-            f"model_type {model_type!r} in config.json is not supported; supported: {supported}"
-        )
+        raise CheckpointError(f"model_type {model_type!r} in config.json is not supported; supported: {supported}")
     return FAMILIES[model_type]

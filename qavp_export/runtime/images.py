@@ -44,11 +44,8 @@ class ImagePreprocessor:
         return pixels
 
     def _process(self, image: Image.Image, label: str) -> FloatArray:
-        # An array, not the PIL image: from a PIL image the processor guesses the channel axis, and takes the
-        # height of a picture 1 or 3 pixels high for it.
-        array = np.asarray(image)
         try:
-            result = self._processor(images=array, input_data_format="channels_last", return_tensors="np")
+            result = self._processor(images=image, return_tensors="np")
             values: FloatArray = np.asarray(result["pixel_values"], dtype=np.float32)
         except (ValueError, TypeError) as error:
             raise ImageError(

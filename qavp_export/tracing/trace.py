@@ -138,9 +138,7 @@ def _decoder_request(module: nn.Module, plan: Plan) -> _Request:
     )
 
 
-def _trace(
-    request: _Request, mode: FakeTensorMode, modules: Mapping[int, str], weights: WeightSource
-) -> ir.Model:
+def _trace(request: _Request, mode: FakeTensorMode, modules: Mapping[int, str], weights: WeightSource) -> ir.Model:
     # Found through the owning module, not the tensor: tied parameters are one tensor with two names.
     by_local_name = {
         f"{local}.{leaf}" if local else leaf: f"{modules[id(module)]}.{leaf}".lstrip(".")

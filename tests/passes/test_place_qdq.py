@@ -34,9 +34,7 @@ def _two_linears(rng: np.random.Generator) -> ir.Model:
             rng.standard_normal(shape).astype(np.float32) * rng.uniform(0.1, 4, shape).astype(np.float32),
             name=name,
         )
-        used = next(
-            value for node in model.graph for value in node.inputs if value is not None and value.name == name
-        )
+        used = next(value for node in model.graph for value in node.inputs if value is not None and value.name == name)
         used.const_value, used.shape, used.type = tensor, tensor.shape, ir.TensorType(tensor.dtype)
         model.graph.register_initializer(used)
     return model
@@ -94,21 +92,15 @@ def test_stored_integers_equal_the_reference_exactly(rng: np.random.Generator) -
     np.testing.assert_array_equal(parts["w.steps"].numpy(), expected.steps)
 
 
-def test_run_time_codes_and_scales_equal_the_reference_exactly(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
+def test_run_time_codes_and_scales_equal_the_reference_exactly(tmp_path: Path, rng: np.random.Generator) -> None:
     model = _two_linears(rng)
     PlaceQdq(GROUP, (("first", W4A4),))(model)
     scale = next(node for node in model.graph if node.op_type == "TwoLevelScale").outputs[0]
-    values = next(
-        node for node in model.graph if node.op_type == "DequantizeLinear" and "x/" in node.name
-    ).outputs[0]
+    values = next(node for node in model.graph if node.op_type == "DequantizeLinear" and "x/" in node.name).outputs[0]
     for value in (scale, values):
         value.dtype = ir.DataType.FLOAT
         model.graph.outputs.append(value)
-    x = rng.standard_normal((3, 4, K)).astype(np.float32) * 10.0 ** rng.integers(-6, 7, (3, 4, K)).astype(
-        np.float32
-    )
+    x = rng.standard_normal((3, 4, K)).astype(np.float32) * 10.0 ** rng.integers(-6, 7, (3, 4, K)).astype(np.float32)
     x[0, 0] = 0
     x[1, 1] = 65504
     x[2, 0, :GROUP] = 0
