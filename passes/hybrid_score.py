@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qavp_export.errors import GraphError, InputError
-from qavp_export.numerics.score import ScoreInput, check_score_settings, default_group_size
+from qavp_export.numerics.groups import largest_group_size
+from qavp_export.numerics.score import ScoreInput, check_score_settings
+from qavp_export.numerics.semantic import Scorer
 from qavp_export.passes import semantic
 from qavp_export.passes._attention import FusedAttention, OpenAttention, attention_upstream
 from qavp_export.passes._builder import NodeBuilder
@@ -76,7 +78,7 @@ class InsertHybridScore(RewritePass):
     def __init__(
         self,
         at: str = "image_features",
-        scorer: semantic.Scorer = "cls",
+        scorer: Scorer = "cls",
         alpha: float = 0.5,
         group_size: int | None = None,
         score_input: ScoreInput = "raw",
@@ -118,7 +120,7 @@ class InsertHybridScore(RewritePass):
 
     def _plan(self, model: ir.Model, features: ir.Value) -> _Plan:
         tokens, width = token_grid(features)
-        group_size = default_group_size(width) if self.group_size is None else self.group_size
+        group_size = largest_group_size([width]) if self.group_size is None else self.group_size
         check_score_settings(width, group_size, self.alpha, self.score_input)
         if self.scorer not in semantic.ATTENTION_SCORERS:
             return _Plan(tokens, width, group_size, None, 0)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qavp_export.numerics.score import ScoreInput
+from qavp_export.numerics.select import Select
+from qavp_export.numerics.semantic import Scorer
 from qavp_export.passes._infra import RewritePass, RewriteResult
 from qavp_export.passes.hybrid_score import InsertHybridScore
-from qavp_export.passes.select_gather import Select, SelectGather
-from qavp_export.passes.semantic import Scorer
+from qavp_export.passes.select_gather import SelectGather
 
 
 class PruneVisionTokens(RewritePass):

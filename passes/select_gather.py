@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import onnx_ir as ir
 
 from qavp_export.errors import GraphError, InputError
-from qavp_export.numerics.select import tokens_to_keep
+from qavp_export.numerics.select import Select, tokens_to_keep
 from qavp_export.passes._builder import NodeBuilder
 from qavp_export.passes._infra import (
     Refusal,
@@ -26,8 +26,6 @@ from qavp_export.passes._infra import (
     with_shapes,
 )
 from qavp_export.passes.hybrid_score import MINIMUM_OPSET, SCORE
-
-Select: TypeAlias = Literal["topk"]
 
 KEPT_INDICES = "kept_indices"
 

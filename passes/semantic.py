@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import numpy as np
 import onnx_ir as ir
 
 from qavp_export.errors import GraphError, InputError
-from qavp_export.numerics.semantic import random_relevance
+from qavp_export.numerics.semantic import Scorer, random_relevance
 from qavp_export.passes._attention import FusedAttention, OpenAttention
 from qavp_export.passes._builder import Dim, NodeBuilder
 from qavp_export.passes.functions import DOMAIN, TOKEN_NORM
 
-Scorer: TypeAlias = Literal["cls", "received", "norm", "random"]
 ATTENTION_SCORERS = frozenset({"cls", "received"})
 
 

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qavp_export.errors import RecipeError
-
-Scorer = Literal["cls", "received", "norm", "random"]
+from qavp_export.numerics.score import ScoreInput
+from qavp_export.numerics.select import Select
+from qavp_export.numerics.semantic import Scorer
 
 
 class Recipe(BaseModel):
@@ -39,8 +40,8 @@ class Recipe(BaseModel):
     keep: float = Field(default=0.125, gt=0, le=1)
     semantic: Scorer | None = None
     alpha: float = Field(default=0.5, ge=0, le=1)
-    score_input: Literal["raw", "rms"] = "raw"
-    select: Literal["topk"] = "topk"
+    score_input: ScoreInput = "raw"
+    select: Select = "topk"
     positions: Literal["contiguous", "original"] = "contiguous"
     seed: int = Field(default=0, ge=0, lt=2**31)
     group_size: int | None = Field(default=None, ge=8, le=1024)

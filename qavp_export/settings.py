@@ -7,9 +7,10 @@ from typing import Any
 
 from qavp_export.errors import RecipeError
 from qavp_export.families import Family, Plan
+from qavp_export.numerics.groups import largest_group_size
 from qavp_export.numerics.select import tokens_to_keep
-from qavp_export.numerics.two_level import largest_group_size
-from qavp_export.recipe import Recipe, Scorer
+from qavp_export.numerics.semantic import Scorer
+from qavp_export.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _group_size(recipe: Recipe, plan: Plan) -> int:
     if recipe.decoder == "w4a4":
         channels |= {plan.intermediate_size, plan.num_attention_heads * plan.head_dim}
     if recipe.group_size is None:
-        return largest_group_size(tuple(sorted(channels)))
+        return largest_group_size(channels)
     for count in sorted(channels):
         if count % recipe.group_size:
             raise RecipeError(

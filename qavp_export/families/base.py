@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qavp_export.errors import CheckpointError
-from qavp_export.recipe import Scorer
+from qavp_export.numerics.semantic import Scorer
 
 
 @dataclass(frozen=True)

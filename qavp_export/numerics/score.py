@@ -24,25 +24,6 @@ ScoreInput: TypeAlias = Literal["raw", "rms"]
 
 EPS = 1e-8
 INT4_MAX = 7.0
-GROUP_SIZES = (128, 64, 32, 16)
-
-
-def default_group_size(width: int) -> int:
-    """The largest of 128, 64, 32 and 16 that divides a feature width.
-
-    Args:
-        width: Channels per token, D.
-
-    Returns:
-        The group size.
-
-    Raises:
-        InputError: None of them divides it.
-    """
-    for size in GROUP_SIZES:
-        if width > 0 and width % size == 0:
-            return size
-    raise InputError(f"none of {list(GROUP_SIZES)} divides the feature width {width}; pass group_size")
 
 
 def check_score_settings(width: int, group_size: int, alpha: float, score_input: str) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from qavp_export.errors import InputError
 from qavp_export.numerics._checks import as_float32
+
+Select: TypeAlias = Literal["topk"]
 
 
 def tokens_to_keep(n: int, keep: float) -> int:

@@ -8,7 +8,7 @@ Sources: `cls`: VisionZip, FasterVLM, VisPruner. `received`: the same idea for t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ import numpy.typing as npt
 from qavp_export.errors import InputError
 from qavp_export.numerics._checks import Float32, as_features, as_float32
 from qavp_export.numerics.score import pairwise_sum
+
+Scorer: TypeAlias = Literal["cls", "received", "norm", "random"]
 
 
 def cls_relevance(q: npt.NDArray[Any], k: npt.NDArray[Any], scale: float | None = None) -> Float32:

@@ -105,21 +105,6 @@ def quantize_grouped_8bit(values: Float32, group_size: int) -> Grouped8:
     return Grouped8(codes.astype(np.int8).reshape(values.shape), scales.astype(np.float32))
 
 
-def largest_group_size(channels: tuple[int, ...], candidates: tuple[int, ...] = (128, 64, 32, 16)) -> int:
-    """Returns the largest candidate that divides every channel count.
-
-    Raises:
-        RecipeError: None does.
-    """
-    for candidate in candidates:
-        if all(count % candidate == 0 for count in channels):
-            return candidate
-    raise RecipeError(
-        f"no usable group size: none of {', '.join(map(str, candidates))} divides all of the model's channel "
-        f"counts {', '.join(map(str, sorted(set(channels))))}; use --recipe none"
-    )
-
-
 def _grouped(values: npt.NDArray[np.generic], group_size: int) -> npt.NDArray[np.generic]:
     channels = values.shape[-1]
     if group_size < 1 or channels % group_size:

@@ -10,7 +10,6 @@ from hypothesis.extra import numpy as arrays
 
 from qavp_export.errors import InputError
 from qavp_export.numerics.score import (
-    default_group_size,
     hybrid_token_score,
     minmax,
     outlier_intensity,
@@ -137,16 +136,6 @@ def test_other_float_types_are_cast(dtype: type) -> None:
     semantic = np.arange(4, dtype=np.float32)[np.newaxis]
     expected = hybrid_token_score(v.astype(np.float32), semantic, group_size=8)
     np.testing.assert_array_equal(hybrid_token_score(v.astype(dtype), semantic, group_size=8), expected)
-
-
-@pytest.mark.parametrize(("width", "size"), [(4096, 128), (192, 64), (96, 32), (48, 16)])
-def test_default_group_size_is_the_largest_that_divides(width: int, size: int) -> None:
-    assert default_group_size(width) == size
-
-
-def test_default_group_size_of_an_odd_width_is_refused() -> None:
-    with pytest.raises(InputError, match="divides the feature width 100"):
-        default_group_size(100)
 
 
 V = np.ones((1, 3, 8), np.float32)

@@ -236,7 +236,7 @@ def test_inference_fills_in_a_missing_shape() -> None:
     [
         (_features_graph(17), "uses opset 17; opset 18 or newer is needed"),
         (_features_graph(tokens="N"), "N and D must be numbers; export with a static vision grid"),
-        (_features_graph(width=20), "divides the feature width 20"),
+        (_features_graph(width=20), "divides all channel counts .20."),
         (
             graph("(float[B,4] x) => (float[B,4] image_features)", "image_features = Neg (x)"),
             r"are \[B,N,D\]",
