@@ -12,11 +12,11 @@ from typing import Any
 
 import onnx_ir as ir
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from qavp_export.bundle import BundleWriter
 from qavp_export.checkpoint import Checkpoint
-from qavp_export.errors import CheckpointError, ParityError, QavpError
+from qavp_export.errors import BundleError, CheckpointError, ParityError, QavpError
 from qavp_export.families import Family, Plan, family_for
 from qavp_export.manifest import Component, DecoderSpec, Manifest, VisionTokens
 from qavp_export.parity import check_parity
@@ -32,6 +32,7 @@ from qavp_export.passes import (
     realized_precision,
 )
 from qavp_export.recipe import Recipe
+from qavp_export.runtime.processors import load_processors
 from qavp_export.settings import Settings, settle
 from qavp_export.tracing import PARAMETER, build_skeleton, trace_components
 from qavp_export.weights import CheckpointWeights
@@ -52,6 +53,7 @@ class Source:
         config: The Hugging Face configuration.
         family: The model's family.
         plan: The model's sizes.
+        tokenizer: The checkpoint's tokenizer.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Source:
     config: Any
     family: Family
     plan: Plan
+    tokenizer: Any
 
 
 def export(folder: Path, recipe: Recipe, target: Path, *, name: str, force: bool, progress: Progress) -> Manifest:
@@ -107,7 +110,16 @@ def open_source(folder: Path, name: str) -> Source:
     """
     checkpoint = Checkpoint.open(folder)
     config, family, plan = read_plan(folder, checkpoint.config)
-    return Source(name, checkpoint, config, family, plan)
+    try:
+        tokenizer, _ = load_processors(folder)
+    except BundleError as error:
+        raise CheckpointError(f"{error}; download the checkpoint again") from error
+    if tokenizer.convert_ids_to_tokens(plan.image_token_id) is None:
+        raise CheckpointError(
+            f"{folder / 'config.json'} names image token {plan.image_token_id}, which the tokenizer does not have; "
+            "download the checkpoint again"
+        )
+    return Source(name, checkpoint, config, family, plan, tokenizer)
 
 
 def read_plan(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Family, Plan]:
@@ -208,8 +220,7 @@ def _manifest(
     components: dict[str, Component],
     graphs: Mapping[str, ir.Model],
 ) -> Manifest:
-    plan, folder = source.plan, source.checkpoint.folder
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    plan, tokenizer = source.plan, source.tokenizer
     eos = _token_ids(source, "eos_token_id", tokenizer.eos_token_id)
     pad = _token_ids(source, "pad_token_id", tokenizer.pad_token_id)
     return Manifest(

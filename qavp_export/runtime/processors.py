@@ -10,8 +10,8 @@ from typing import Any
 from qavp_export.errors import BundleError
 
 
-def load_processors(bundle: Path) -> tuple[Any, Any]:
-    """Loads the bundle's tokenizer and image processor with transformers, offline and without remote code.
+def load_processors(folder: Path) -> tuple[Any, Any]:
+    """Loads tokenizer and image processor of a bundle or checkpoint with transformers, offline, without remote code.
 
     Returns:
         The tokenizer and the image processor.
@@ -24,11 +24,11 @@ def load_processors(bundle: Path) -> tuple[Any, Any]:
 
     loaders: dict[str, Callable[[], Any]] = {
         "tokenizer": lambda: transformers.AutoTokenizer.from_pretrained(
-            bundle, local_files_only=True, trust_remote_code=False
+            folder, local_files_only=True, trust_remote_code=False
         ),
         # The PIL backend even where torchvision is installed: the same pixels on every machine.
         "image processor": lambda: transformers.AutoImageProcessor.from_pretrained(
-            bundle, local_files_only=True, trust_remote_code=False, backend="pil"
+            folder, local_files_only=True, trust_remote_code=False, backend="pil"
         ),
     }
     loaded = []
@@ -37,5 +37,7 @@ def load_processors(bundle: Path) -> tuple[Any, Any]:
             loaded.append(load())
         except Exception as error:  # transformers raises errors of any class on missing or odd files
             reason = " ".join(str(error).split())[:200]
-            raise BundleError(f"{bundle}: the {what} cannot be loaded ({reason}); export the bundle again") from error
+            raise BundleError(
+                f"{folder}: the {what} cannot be loaded ({reason}); its files are missing or damaged"
+            ) from error
     return loaded[0], loaded[1]

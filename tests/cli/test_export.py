@@ -91,6 +91,12 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "no model type": (lambda folder: _edit_config(folder, model_type=None), [], "supported: llava"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), [], "config.json"),
     "nonsense in config": (lambda folder: _edit_config(folder, text_config__hidden_size="big"), [], "config.json"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), [], "the tokenizer cannot be loaded"),
+    "no image processor": (
+        lambda folder: (folder / "processor_config.json").unlink(),
+        [],
+        "the image processor cannot be loaded",
+    ),
     "no usable group size": (lambda folder: _edit_config(folder, text_config__intermediate_size=100), [], "group size"),
     "keep of zero": (lambda _: None, ["--keep", "0"], "keep = 0.0"),
     "keep above one": (lambda _: None, ["--keep", "1.5"], "keep = 1.5"),
