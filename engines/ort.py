@@ -39,7 +39,7 @@ class OrtCpuEngine:
             BundleError: A graph is missing, cannot be opened, or lacks an input or output of the contract.
             InputError: An option is out of range.
         """
-        settings = _session_options(options)
+        settings = session_options(options)
         past, present = _cache_names(manifest.decoder.num_layers)
         contract = {
             "vision_encoder": (["pixel_values"], ["image_features", "kept_indices"]),
@@ -161,7 +161,12 @@ class _Graph:
         return dict(zip(self._outputs, values, strict=True))
 
 
-def _session_options(options: EngineOptions) -> ort.SessionOptions:
+def session_options(options: EngineOptions) -> ort.SessionOptions:
+    """Returns the settings of a session on the CPU.
+
+    Raises:
+        InputError: An option is out of range.
+    """
     if options.graph_optimization not in _LEVELS:
         raise InputError(f"graph_optimization is {options.graph_optimization!r}; choose one of {', '.join(_LEVELS)}")
     if options.threads is not None and options.threads < 1:

@@ -231,7 +231,8 @@ def _part(
         shape=lazy.shape,
         type=ir.TensorType(dtype),
         const_value=lazy,
-        metadata_props=dict(weight.metadata_props),
+        # The codes stand for the weight; steps and scales are new numbers.
+        metadata_props=dict(weight.metadata_props) if part == "codes" else {},
     )
 
 

@@ -16,11 +16,13 @@ class RealizedPrecision:
         weight: Name of the initializer that holds the weight or its codes.
         precision: `w4a4`, `w8a16`, `float32`, ...: bits of weights and of activations; `float16` and `bfloat16` are
             16-bit storage with float32 arithmetic.
+        activation: Name of the value that holds the quantized input; None if the input is float.
     """
 
     node: str
     weight: str
     precision: str
+    activation: str | None
 
 
 def realized_precision(model: ir.Model) -> list[RealizedPrecision]:
@@ -32,14 +34,28 @@ def realized_precision(model: ir.Model) -> list[RealizedPrecision]:
         weight = _stored(node.inputs[1])
         if weight is None or weight.dtype is None:
             continue
-        layers.append(RealizedPrecision(str(node.name), str(weight.name), _precision(node, weight.dtype)))
+        codes = _activation_codes(node)
+        layers.append(
+            RealizedPrecision(
+                node=str(node.name),
+                weight=str(weight.name),
+                precision=_precision(weight.dtype, codes),
+                activation=str(node.inputs[0].name) if codes is not None and node.inputs[0] is not None else None,
+            )
+        )
     return layers
 
 
-def _precision(node: ir.Node, stored: ir.DataType) -> str:
+def _activation_codes(node: ir.Node) -> ir.Value | None:
+    """Returns the integers behind a linear layer's input, or None if it is float."""
+    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return None
+    return producer.inputs[0]
+
+
+def _precision(stored: ir.DataType, codes: ir.Value | None) -> str:
     if stored.is_integer():
-        activation = node.inputs[0].producer() if node.inputs[0] is not None else None
-        codes = activation.inputs[0] if activation is not None and activation.op_type == "DequantizeLinear" else None
         bits = codes.dtype.bitwidth if codes is not None and codes.dtype is not None else 16
         return f"w{stored.bitwidth}a{bits}"
     return {ir.DataType.FLOAT: "float32"}.get(stored, stored.name.lower())

@@ -19,7 +19,7 @@ from qavp_export.checkpoint import Checkpoint
 from qavp_export.errors import BundleError, CheckpointError, ParityError, QavpError
 from qavp_export.families import Family, Plan, family_for
 from qavp_export.manifest import Component, DecoderSpec, Manifest, VisionTokens
-from qavp_export.parity import check_parity
+from qavp_export.parity import QuantizedLayer, check_parity
 from qavp_export.passes import (
     W4A4,
     W8A16,
@@ -94,8 +94,8 @@ def export(folder: Path, recipe: Recipe, target: Path, *, name: str, force: bool
         writer.copy(source.checkpoint.extra_files())
         manifest = _manifest(source, settings, components, graphs)
         progress("compare with PyTorch", 0, 1)
-        modules = _quantized_modules(graphs["decoder"])
-        parity = check_parity(folder, writer.folder, manifest, source.plan, settings, modules)
+        layers = _quantized_layers(graphs["decoder"])
+        parity = check_parity(folder, writer.folder, manifest, source.plan, settings, layers)
         if parity.verdict == "FAIL":
             raise ParityError(f"the exported graphs differ from PyTorch: {parity.reason}; please report this")
         progress("finish", 0, 1)
@@ -205,13 +205,13 @@ def _stored_dtypes(graph: ir.Model, weights: CheckpointWeights) -> dict[str, ir.
     }
 
 
-def _quantized_modules(decoder: ir.Model) -> dict[str, str]:
-    """Returns the realized precision by Hugging Face module name."""
-    modules = {}
+def _quantized_layers(decoder: ir.Model) -> list[QuantizedLayer]:
+    """Returns the decoder's linear layers under their Hugging Face names."""
+    layers = []
     for layer in realized_precision(decoder):
         parameter = decoder.graph.initializers[layer.weight].metadata_props[PARAMETER]
-        modules[parameter.removesuffix(".weight")] = layer.precision
-    return modules
+        layers.append(QuantizedLayer(parameter.removesuffix(".weight"), layer.precision, layer.activation))
+    return layers
 
 
 def _manifest(

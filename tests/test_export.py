@@ -19,7 +19,7 @@ from qavp_export import QavpModel, pipeline
 from qavp_export.errors import ParityError
 from qavp_export.manifest import Manifest
 from qavp_export.numerics.two_level import TwoLevel, quantize_two_level
-from qavp_export.passes import place_qdq
+from qavp_export.passes import place_qdq, two_level_scale
 from qavp_export.recipe import make_recipe
 from qavp_export.verify import verify
 from tests.models.tiny import TinySpec, make_llava
@@ -108,6 +108,9 @@ def test_w4a4_passes_parity_and_says_what_it_realized(w4a4: Path) -> None:
     manifest = Manifest.read(w4a4)
     assert manifest.parity["verdict"] == "PASS"
     assert manifest.parity["kept_indices_equal"] == 1.0
+    # Activations are compared code by code and logits to float rounding, though rounding to 4 bits amplifies it.
+    assert manifest.parity["codes_agreement"] > 0.9999
+    assert manifest.parity["cosine"] > 1 - 1e-9
     decoder = {name: value for name, value in manifest.precision.items() if name.startswith("decoder:")}
     # q, k, v, o, gate, up, down in each of two layers.
     assert sum(value == "w4a4" for value in decoder.values()) == 14
@@ -195,9 +198,18 @@ def test_parity_catches_a_graph_that_computes_something_else(
 
     # The graph's weights get the multipliers of the neighbouring group; the reference does not.
     monkeypatch.setattr(place_qdq, "quantize_two_level", off_by_one_step)
-    with pytest.raises(ParityError, match="cosine of logits"):
+    with pytest.raises(ParityError, match="logits differ by"):
         _export(tiny_llava, tmp_path / "bundle", keep=0.3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parity_catches_activations_on_another_grid(
+    tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Amplitudes divided by 8 rather than 7: values clip, most codes change.
+    monkeypatch.setattr(two_level_scale, "_BODY", two_level_scale._BODY.replace("float = 7.0", "float = 8.0"))
+    with pytest.raises(ParityError, match="of the 4-bit activations differ"):
+        _export(tiny_llava, tmp_path / "bundle", keep=0.3)
 
 
 def test_several_images_batches_and_streaming(w4a4: Path) -> None:
