@@ -84,6 +84,9 @@ class Engine(Protocol):
 
         Returns:
             Embeddings `[B, S, D]`.
+
+        Raises:
+            PromptError: The number of placeholders is not that of the features; the message states both.
         """
 
     def start(self) -> DecoderSession:

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from qavp_export.engines import EngineOptions, FloatArray, IntArray
-from qavp_export.errors import BundleError, InputError, QavpError
+from qavp_export.errors import BundleError, InputError, PromptError, QavpError
 from qavp_export.manifest import Manifest
 
 _LEVELS: Mapping[str, ort.GraphOptimizationLevel] = MappingProxyType(
@@ -52,6 +52,7 @@ class OrtCpuEngine:
         }
         self._spec = manifest.decoder
         self._tokens_per_image = manifest.vision_tokens.after
+        self._image_token_id = manifest.vision_tokens.image_token_id
 
     def encode_images(self, pixel_values: FloatArray) -> tuple[FloatArray, IntArray]:
         """See `Engine.encode_images`."""
@@ -60,6 +61,13 @@ class OrtCpuEngine:
 
     def embed(self, input_ids: IntArray, image_features: FloatArray) -> FloatArray:
         """See `Engine.embed`."""
+        placeholders = int(np.count_nonzero(input_ids == self._image_token_id))
+        features = image_features.shape[0] * image_features.shape[1]
+        if placeholders != features:
+            raise PromptError(
+                f"the prompts have {placeholders} image placeholders and the images {features} features; "
+                "give each image as many placeholders as it has tokens"
+            )
         inputs = {
             "input_ids": _value(input_ids, np.int64),
             "image_features": _value(image_features, np.float32),

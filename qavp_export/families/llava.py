@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qavp_export.errors import CheckpointError
 from qavp_export.families.base import CachedDecoder, Family, MergeEmbedding, Plan, decoder_sizes
 
 
@@ -57,13 +56,8 @@ class Llava(Family):
         """Returns the sizes of a LLaVA model; see `Family.plan`."""
         vision = config.vision_config
         side, patch = int(vision.image_size), int(vision.patch_size)
-        strategy = config.vision_feature_select_strategy
-        if strategy not in ("default", "full"):
-            raise CheckpointError(
-                f"config.json: vision_feature_select_strategy {strategy!r} is unknown; use 'default' or 'full'"
-            )
         has_cls = vision.model_type == "clip_vision_model"
-        drop_first = strategy == "default"
+        drop_first = config.vision_feature_select_strategy == "default"
         # The patch convolution drops what is left of an image that is not a multiple of the patch size.
         tokens = (side // patch) ** 2 + int(has_cls) - int(drop_first)
         return Plan(

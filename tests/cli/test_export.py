@@ -91,6 +91,11 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "no model type": (lambda folder: _edit_config(folder, model_type=None), [], "supported: llava"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), [], "config.json"),
     "nonsense in config": (lambda folder: _edit_config(folder, text_config__hidden_size="big"), [], "config.json"),
+    "unknown feature selection": (
+        lambda folder: _edit_config(folder, vision_feature_select_strategy="half"),
+        [],
+        "config.json is not valid",
+    ),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), [], "the tokenizer cannot be loaded"),
     "no image processor": (
         lambda folder: (folder / "processor_config.json").unlink(),

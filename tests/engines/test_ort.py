@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from qavp_export.engines import ENGINES, Engine, EngineOptions, available_engines, load_engine
 from qavp_export.engines.ort import OrtCpuEngine
-from qavp_export.errors import BundleError, InputError, QavpError, UnavailableError
+from qavp_export.errors import BundleError, InputError, PromptError, QavpError, UnavailableError
 from qavp_export.manifest import Manifest
 from tests.runtime.tiny_bundle import (
     AFTER,
@@ -246,3 +246,11 @@ def test_values_follow_the_contracts_types(engine):
         engine.embed(np.array([[5]], np.int32), no_images()), np.ones((1, 1), np.int32), np.zeros((1, 1), np.int32)
     )
     assert logits.dtype == np.float32
+
+
+@pytest.mark.parametrize("placeholders", [AFTER - 1, AFTER + 1])
+def test_placeholders_that_do_not_match_the_features_state_both(engine, placeholders):
+    ids = np.full((1, placeholders), IMAGE, np.int64)
+    features = np.zeros((1, AFTER, HIDDEN), np.float32)
+    with pytest.raises(PromptError, match=f"{placeholders} image placeholders and the images {AFTER} features"):
+        engine.embed(ids, features)
