@@ -17,30 +17,7 @@ from safetensors.numpy import save_file
 
 from qavp_export.errors import CheckpointError
 from qavp_export.safetensors_index import TensorInfo, find_weights, read_header
-
-SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
-
-
-def arrays() -> dict[str, np.ndarray[Any, Any]]:
-    rng = np.random.default_rng(0)
-    return {
-        "a.weight": rng.standard_normal((3, 5)).astype(np.float16),
-        "b.weight": rng.standard_normal((2, 3, 4)).astype(np.float32),
-        "c.bias": rng.standard_normal(7).astype(np.float64),
-        "scalar": np.array(2.5, np.float32),
-        "empty": np.zeros((0, 4), np.float16),
-        "ids": np.arange(6, dtype=np.int64),
-    }
-
-
-def write_raw(path: Path, header: object, data: bytes = b"") -> None:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-
-
-def entry(dtype: str, shape: list[Any], begin: Any, end: Any) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+from tests.safetensors_files import LFS_POINTER, SHARDS, arrays, entry, write_index, write_raw
 
 
 @pytest.fixture
@@ -57,10 +34,6 @@ def sharded(tmp_path: Path) -> Path:
         save_file({n: arrays()[n] for n in names if weight_map[n] == shard}, tmp_path / shard)
     write_index(tmp_path, weight_map)
     return tmp_path
-
-
-def write_index(folder: Path, weight_map: object) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -12,6 +13,27 @@ from rich.table import Table
 
 import qavp_export
 from qavp_export.cli.common import run_command
+from qavp_export.cli.options import (
+    AlphaOption,
+    AsJsonOption,
+    DebugOption,
+    DryRunOption,
+    ForceOption,
+    GroupSizeOption,
+    KeepOption,
+    ListModelsOption,
+    ModelOption,
+    OfflineOption,
+    OutputOption,
+    PositionsOption,
+    RecipeOption,
+    RevisionOption,
+    ScoreInputOption,
+    SeedOption,
+    SemanticOption,
+    VerifyOption,
+    VersionOption,
+)
 from qavp_export.errors import InputError
 
 _EPILOG = (
@@ -29,54 +51,25 @@ def main() -> int:
 
 @app.command(epilog=_EPILOG)
 def export_command(
-    model: Annotated[
-        str | None, typer.Option("--model", help="Checkpoint folder, Hub id, or a name from --list-models.")
-    ] = None,
-    keep: Annotated[
-        float | None, typer.Option(help="Fraction of vision tokens to keep, in (0, 1]. 1.0 keeps all.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Bundle folder. [default: MODEL-keepKEEP-RECIPE]")
-    ] = None,
-    recipe: Annotated[
-        str, typer.Option(help="Preset: rtn (W4A4, rounding to nearest) or none (no quantization).")
-    ] = "rtn",
-    semantic: Annotated[
-        str | None,
-        typer.Option(help="Semantic scorer: cls, received, norm or random. [default: the family's]"),
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(help="Weight of semantic relevance against quantization sensitivity. [default: 0.5]"),
-    ] = None,
-    score_input: Annotated[
-        str | None,
-        typer.Option(help="Score raw features, or rms: each token divided by its root mean square. [default: raw]"),
-    ] = None,
-    positions: Annotated[
-        str | None,
-        typer.Option(help="Position ids of the shortened prompt: contiguous or original. [default: contiguous]"),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the random scorer. [default: 0]")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Channels that share a scale. [default: largest of 128..16 that fits]")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Use the Hub cache only, no network.")] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print the plan from config.json; read no weight, write nothing."),
-    ] = False,
-    verify: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Check every hash and graph of a bundle, and exit.")
-    ] = None,
-    list_models: Annotated[
-        bool, typer.Option("--list-models", help="List families and short names, and exit.")
-    ] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version, and exit.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    model: ModelOption = None,
+    keep: KeepOption = None,
+    output: OutputOption = None,
+    recipe: RecipeOption = "rtn",
+    semantic: SemanticOption = None,
+    alpha: AlphaOption = None,
+    score_input: ScoreInputOption = None,
+    positions: PositionsOption = None,
+    seed: SeedOption = None,
+    group_size: GroupSizeOption = None,
+    force: ForceOption = False,
+    revision: RevisionOption = None,
+    offline: OfflineOption = False,
+    dry_run: DryRunOption = False,
+    verify: VerifyOption = None,
+    list_models: ListModelsOption = False,
+    version: VersionOption = False,
+    as_json: AsJsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Export a LLaVA-family checkpoint: prune vision tokens in the graph, quantize the decoder to W4A4."""
     del debug  # read by run_command
@@ -98,18 +91,39 @@ def export_command(
             "seed": seed,
             "group_size": group_size,
         }
-        hub = {"revision": revision, "offline": offline}
+        origin = _Origin(model, revision, offline)
         if dry_run:
-            _dry_run(model, recipe, overrides, hub, as_json)
+            _dry_run(origin, recipe, overrides, as_json)
         else:
-            _export(model, recipe, overrides, hub, output, force=force, as_json=as_json)
+            _export(origin, recipe, overrides, output, force=force, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where the user says the model is."""
+
+    model: str
+    revision: str | None
+    offline: bool
+
+    @property
+    def name(self) -> str:
+        """The model's name without the folders that lead to it."""
+        return Path(self.model).name if Path(self.model).exists() else self.model
+
+    def resolve(self, *, config_only: bool, progress: bool) -> Path:
+        """Returns the checkpoint folder; downloads it if need be."""
+        from qavp_export.hub import resolve_model
+
+        return resolve_model(
+            self.model, revision=self.revision, offline=self.offline, config_only=config_only, progress=progress
+        ).folder
 
 
 def _export(
-    model: str,
+    origin: _Origin,
     preset: str,
     overrides: dict[str, Any],
-    hub: dict[str, Any],
     output: Path | None,
     *,
     force: bool,
@@ -117,19 +131,18 @@ def _export(
 ) -> None:
     from qavp_export.bundle import check_target
     from qavp_export.cli.report import ProgressBars, print_summary, summary
-    from qavp_export.hub import resolve_model
     from qavp_export.recipe import make_recipe
 
     recipe = make_recipe(preset, overrides)
-    name = Path(model).name if Path(model).exists() else model
+    name = origin.name
     target = output or Path(f"{name.split('/')[-1]}-keep{recipe.keep:g}-{recipe.name}")
     check_target(target, force=force)
-    resolved = resolve_model(model, progress=not as_json, **hub)
+    folder = origin.resolve(config_only=False, progress=not as_json)
 
     from qavp_export.pipeline import export
 
     with ProgressBars(enabled=not as_json) as bars:
-        manifest = export(resolved.folder, recipe, target, name=name, force=force, progress=bars.update)
+        manifest = export(folder, recipe, target, name=name, force=force, progress=bars.update)
     if as_json:
         typer.echo(json.dumps(summary(manifest, target)))
     else:
@@ -137,23 +150,22 @@ def _export(
         typer.echo(f"try it: qavp-run {target} --image FILE --prompt TEXT")
 
 
-def _dry_run(model: str, preset: str, overrides: dict[str, Any], hub: dict[str, Any], as_json: bool) -> None:
+def _dry_run(origin: _Origin, preset: str, overrides: dict[str, Any], as_json: bool) -> None:
     from qavp_export.checkpoint import read_config
     from qavp_export.cli.report import print_estimate
     from qavp_export.estimate import estimate
-    from qavp_export.hub import resolve_model
     from qavp_export.pipeline import read_plan
     from qavp_export.recipe import make_recipe
     from qavp_export.settings import settle
 
     recipe = make_recipe(preset, overrides)
-    folder = resolve_model(model, config_only=True, progress=not as_json, **hub).folder
+    folder = origin.resolve(config_only=True, progress=not as_json)
     config, family, plan = read_plan(folder, read_config(folder))
     result = estimate(config, family, plan, settle(recipe, family, plan))
     if as_json:
-        typer.echo(json.dumps({"model": model, **result.to_dict()}))
+        typer.echo(json.dumps({"model": origin.name, **result.to_dict()}))
     else:
-        print_estimate(result, model)
+        print_estimate(result, origin.name)
 
 
 def _verify(bundle: Path, as_json: bool) -> None:

@@ -1,0 +1,47 @@
+"""The options of `qavp-export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Checkpoint folder, Hub id, or a name from --list-models.")
+]
+KeepOption = Annotated[float | None, typer.Option(help="Fraction of vision tokens to keep, in (0, 1]. 1.0 keeps all.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Bundle folder. [default: MODEL-keepKEEP-RECIPE]")
+]
+RecipeOption = Annotated[str, typer.Option(help="Preset: rtn (W4A4, rounding to nearest) or none (no quantization).")]
+SemanticOption = Annotated[
+    str | None, typer.Option(help="Semantic scorer: cls, received, norm or random. [default: the family's]")
+]
+AlphaOption = Annotated[
+    float | None, typer.Option(help="Weight of semantic relevance against quantization sensitivity. [default: 0.5]")
+]
+ScoreInputOption = Annotated[
+    str | None,
+    typer.Option(help="Score raw features, or rms: each token divided by its root mean square. [default: raw]"),
+]
+PositionsOption = Annotated[
+    str | None, typer.Option(help="Position ids of the shortened prompt: contiguous or original. [default: contiguous]")
+]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of the random scorer. [default: 0]")]
+GroupSizeOption = Annotated[
+    int | None, typer.Option(help="Channels that share a scale. [default: largest of 128..16 that fits]")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Use the Hub cache only, no network.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan from config.json; read no weight, write nothing.")
+]
+VerifyOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Check every hash and graph of a bundle, and exit.")
+]
+ListModelsOption = Annotated[bool, typer.Option("--list-models", help="List families and short names, and exit.")]
+VersionOption = Annotated[bool, typer.Option("--version", help="Print the version, and exit.")]
+AsJsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
