@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/qavp-export --model examples/shapes_vqa/model --keep 0.125 --output demo_bundle --force
-	$(BIN)/qavp-run demo_bundle --image examples/shapes_vqa/samples/00.png --prompt "what color is the triangle?"
+	$(BIN)/qavp-run demo_bundle --image examples/shapes_vqa/samples/00.png --prompt "What color is the cross?"
 
 test: lint
 	$(BIN)/python -m pytest

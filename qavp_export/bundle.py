@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -62,7 +63,7 @@ class BundleWriter:
         traceback: TracebackType | None,
     ) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and _is_disk_full(error):
             raise QavpError(
                 f"no space left for {self.target}; free some or choose another -o (nothing was left behind)"
             ) from error
@@ -118,6 +119,11 @@ class BundleWriter:
         else:
             self.folder.rename(self.target)
         return manifest
+
+
+def _is_disk_full(error: OSError) -> bool:
+    # NumPy, which writes the tensors, reports a short write without an errno.
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or bool(re.search(r"requested and \d+ written", str(error)))
 
 
 def check_target(target: Path, *, force: bool) -> None:
