@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -43,6 +44,8 @@ class BundleWriter:
     def __init__(self, target: Path, *, force: bool) -> None:
         self.target = target
         check_target(target, force=force)
+        # Nearest first; those that this run makes go again if it fails.
+        self._new_parents = [parent for parent in target.parents if not parent.exists()]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -63,6 +66,10 @@ class BundleWriter:
         traceback: TracebackType | None,
     ) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.target.exists():
+            for parent in self._new_parents:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
         if isinstance(error, OSError) and _is_disk_full(error):
             raise QavpError(
                 f"no space left for {self.target}; free some or choose another -o (nothing was left behind)"

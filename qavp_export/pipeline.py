@@ -81,9 +81,9 @@ def export(folder: Path, recipe: Recipe, target: Path, *, name: str, force: bool
     Raises:
         QavpError: Bad input, an unavailable target, a failed parity check; see the subclasses.
     """
+    source = open_source(folder, name)
+    settings = settle(recipe, source.family, source.plan)
     with BundleWriter(target, force=force) as writer:
-        source = open_source(folder, name)
-        settings = settle(recipe, source.family, source.plan)
         graphs, weights = trace(source, _stage(progress, "trace"))
         progress("rewrite", 0, 1)
         rewrite(graphs, settings, source, weights)

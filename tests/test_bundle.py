@@ -55,7 +55,7 @@ def test_a_committed_bundle_reads_back_and_verifies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
 def test_an_interrupted_export_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     def fail() -> None:
-        with BundleWriter(tmp_path / "bundle", force=False) as writer:
+        with BundleWriter(tmp_path / "new" / "newer" / "bundle", force=False) as writer:
             (writer.folder / "half").write_text("half")
             raise error
 

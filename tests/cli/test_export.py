@@ -163,10 +163,9 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("qavp_export.bundle.ir.save", full)
-    out = tmp_path / "out"
-    assert _run("--model", str(tiny_llava), "-o", str(out / "bundle"), "--json") == 1
+    assert _run("--model", str(tiny_llava), "-o", str(tmp_path / "out" / "bundle"), "--json") == 1
     assert "no space left" in capfd.readouterr().err
-    assert list(out.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
