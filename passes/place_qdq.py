@@ -17,9 +17,10 @@ from qavp_export.numerics.two_level import (
     quantize_grouped_8bit,
     quantize_two_level,
 )
-from qavp_export.passes._infra import Refusal, RewritePass, RewriteResult
+from qavp_export.passes._infra import Refusal, RewritePass, RewriteResult, require_opset
 from qavp_export.passes.two_level_scale import DOMAIN, OP_TYPE, two_level_scale_function
 
+MINIMUM_OPSET = 21
 _T = TypeVar("_T")
 
 
@@ -64,6 +65,14 @@ class PlaceQdq(RewritePass):
         super().__init__()
         self.group_size = group_size
         self.schemes = tuple(schemes)
+
+    def requires(self, model: ir.Model) -> None:
+        """Checks the opset.
+
+        Raises:
+            GraphError: It is older than the first with INT4 and blocked scales.
+        """
+        require_opset(model, MINIMUM_OPSET)
 
     def call(self, model: ir.Model) -> RewriteResult:
         """Quantizes every matching linear layer of the main graph."""
@@ -114,7 +123,7 @@ class PlaceQdq(RewritePass):
     def _quantize_activation(self, model: ir.Model, node: ir.Node, shared: dict[ir.Value, ir.Value]) -> None:
         x = _input(node, 0)
         if x not in shared:
-            function = two_level_scale_function()
+            function = two_level_scale_function(model.graph.opset_imports[""])
             model.functions.setdefault(function.identifier(), function)
             model.graph.opset_imports.setdefault(DOMAIN, 1)
             shared[x] = self._dynamic_qdq(node, x)

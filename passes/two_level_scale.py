@@ -10,7 +10,7 @@ OP_TYPE = "TwoLevelScale"
 
 # numerics section 3; `divisor` keeps a vector of zeros from dividing by zero.
 _BODY = """
-<domain: "qavp", opset_import: ["" : 23]>
+<domain: "qavp", opset_import: ["" : OPSET]>
 TwoLevelScale <group_size> (x) => (scale)
 {
   last = Constant <value_ints: ints = [-1]> ()
@@ -38,6 +38,10 @@ TwoLevelScale <group_size> (x) => (scale)
 """
 
 
-def two_level_scale_function() -> ir.Function:
-    """Returns the function: `x [...,K]` f32 -> `scale [...,K/group_size]` f32, attribute `group_size`."""
-    return ir.serde.deserialize_function(onnx.parser.parse_function(_BODY))
+def two_level_scale_function(opset: int) -> ir.Function:
+    """Returns the function: `x [...,K]` f32 -> `scale [...,K/group_size]` f32, attribute `group_size`.
+
+    Args:
+        opset: The version of the standard operators that the model imports, 18 or newer.
+    """
+    return ir.serde.deserialize_function(onnx.parser.parse_function(_BODY.replace("OPSET", str(opset))))

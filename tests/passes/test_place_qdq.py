@@ -11,16 +11,17 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from qavp_export.errors import GraphError
 from qavp_export.numerics.two_level import quantize_grouped_8bit, quantize_two_level
 from qavp_export.passes import W4A4, W8A16, FoldWeightTransposes, PlaceQdq, StoreHalf, realized_precision
 
 K, N, GROUP = 96, 67, 32
 
 
-def _two_linears(rng: np.random.Generator) -> ir.Model:
+def _two_linears(rng: np.random.Generator, opset: int = 23) -> ir.Model:
     """Two linear layers on one input, the second stored as [N, K] behind a Transpose."""
     proto = onnx.parser.parse_model(f"""
-        <ir_version: 11, opset_import: ["": 23]>
+        <ir_version: 11, opset_import: ["": {opset}]>
         two_linears (float[B,S,{K}] x) => (float[B,S,{N}] a, float[B,S,{N}] b)
         {{
             [first] a = MatMul (x, w)
@@ -61,8 +62,14 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(7)
 
 
-def test_w4a4_equals_the_reference(tmp_path: Path, rng: np.random.Generator) -> None:
-    model = _two_linears(rng)
+def test_an_opset_without_int4_is_refused(rng: np.random.Generator) -> None:
+    with pytest.raises(GraphError, match="uses opset 20; opset 21 or newer is needed"):
+        PlaceQdq(GROUP)(_two_linears(rng, opset=20))
+
+
+@pytest.mark.parametrize("opset", [21, 23])
+def test_w4a4_equals_the_reference(tmp_path: Path, rng: np.random.Generator, opset: int) -> None:
+    model = _two_linears(rng, opset)
     first, second = _weights(model)
     FoldWeightTransposes()(model)
     result = PlaceQdq(GROUP)(model)
