@@ -180,6 +180,13 @@ def test_other_scorers_and_settings_pass_parity(tmp_path: Path, tiny_llava: Path
     assert manifest.recipe["semantic"] == semantic
 
 
+@pytest.mark.parametrize("layers", [(-2, -3), (-3, -1)])
+def test_several_feature_layers_are_scored_by_the_latest(tmp_path: Path, layers: tuple[int, ...]) -> None:
+    checkpoint = make_llava(tmp_path / "model", TinySpec(feature_layers=layers))
+    # Parity compares the kept tokens with transformers' own attentions.
+    assert _export(checkpoint, tmp_path / "bundle", "none", keep=0.3).parity["verdict"] == "PASS"
+
+
 def test_original_positions_reach_the_decoder(tmp_path: Path, tiny_llava: Path) -> None:
     _export(tiny_llava, tmp_path / "bundle", "none", keep=0.2, positions="original")
     bundle = QavpModel.from_bundle(tmp_path / "bundle")

@@ -107,10 +107,11 @@ class Reference:
             return np.broadcast_to(draw, features.shape[:2])
         with torch.no_grad():
             attentions = self._model.model.vision_tower(torch.from_numpy(pixels), output_attentions=True).attentions
-        layer = self._model.config.vision_feature_layer
-        last = layer if isinstance(layer, int) else layer[-1]
-        # hidden_states[i] is the output of layer i - 1.
-        weights: FloatArray = attentions[last if last < 0 else last - 1].numpy()
+        chosen = self._model.config.vision_feature_layer
+        # Indices into hidden_states, where state i is the output of layer i - 1.
+        states = [chosen] if isinstance(chosen, int) else chosen
+        latest = max(state if state >= 0 else len(attentions) + 1 + state for state in states)
+        weights: FloatArray = attentions[latest - 1].numpy()
         first = int(self._plan.has_cls_token)
         # cls: the one query is [CLS]; received: the queries are the patches.
         queries = slice(0, 1) if self._settings.semantic == "cls" else slice(first, None)

@@ -47,6 +47,7 @@ class TinySpec:
     vision_layers: int = 3
     image_size: int = 40
     patch_size: int = 8
+    feature_layers: tuple[int, ...] = (-2,)
     dtype: torch.dtype = torch.float16
     context: int = 128
     max_shard_size: str = "50GB"
@@ -79,8 +80,9 @@ def _config(spec: TinySpec) -> LlavaConfig:
     )
     # SigLIP has no [CLS] to drop, and published checkpoints take its last layer.
     siglip = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    layers = spec.feature_layers[0] if len(spec.feature_layers) == 1 else list(spec.feature_layers)
     return LlavaConfig(
-        **(siglip if spec.vision == "siglip" else {}),
+        **(siglip if spec.vision == "siglip" else {"vision_feature_layer": layers}),
         vision_config=vision,
         text_config=_text_config(spec),
         image_token_index=SPECIAL.index("<image>"),
