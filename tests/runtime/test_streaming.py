@@ -42,7 +42,8 @@ def stream(tokenizer, tokens):
     return [*(stream.push(token) for token in tokens), stream.finish()]
 
 
-@given(st.text(max_size=30))
+# Written out, the end-of-sequence token is read as that token, which is not text.
+@given(st.text(max_size=30).filter(lambda text: "<eos>" not in text))
 def test_any_text_through_bytes(text):
     tokens = BYTES(text)["input_ids"]
     assert "".join(stream(BYTES, tokens)) == text
