@@ -19,7 +19,7 @@ lint: .venv/installed
 	$(BIN)/pip install --quiet --no-deps --target build/installed .
 	cd build/installed && MYPYPATH=. $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p qavp_export
 
-# Pinned: without the constraints pip may fetch torch's CUDA build, several GB that nothing here uses.
+# Pinned to the versions that the tests were written against.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,train]'
