@@ -29,18 +29,16 @@ class Scheme:
     """How one linear layer is quantized.
 
     Attributes:
-        name: What the manifest calls it.
         weights: `int4`: two-level 4-bit groups; `int8`: 8-bit groups with a float scale each.
         activations: `int4`: two-level 4-bit groups computed at run time per token; None: float.
     """
 
-    name: str
     weights: Literal["int4", "int8"]
     activations: Literal["int4"] | None
 
 
-W4A4 = Scheme("w4a4", "int4", "int4")
-W8A16 = Scheme("w8a16", "int8", None)
+W4A4 = Scheme(weights="int4", activations="int4")
+W8A16 = Scheme(weights="int8", activations=None)
 
 
 class PlaceQdq(RewritePass):
@@ -78,7 +76,8 @@ class PlaceQdq(RewritePass):
         """Quantizes every matching linear layer of the main graph."""
         refused: list[Refusal] = []
         matched = 0
-        shared: dict[ir.Value, ir.Value] = {}
+        weights: dict[tuple[ir.Value, Scheme], ir.Value] = {}
+        activations: dict[ir.Value, ir.Value] = {}
         for node in list(model.graph):
             scheme = self._scheme(node)
             if scheme is None:
@@ -87,9 +86,9 @@ class PlaceQdq(RewritePass):
             if reason is not None:
                 refused.append(Refusal(str(node.name), reason))
                 continue
-            self._quantize_weight(node, scheme)
+            self._quantize_weight(node, scheme, weights)
             if scheme.activations is not None:
-                self._quantize_activation(model, node, shared)
+                self._quantize_activation(model, node, activations)
             matched += 1
         return RewriteResult(model, modified=matched > 0, matched=matched, refused=refused)
 
@@ -101,8 +100,15 @@ class PlaceQdq(RewritePass):
         name = node.name or ""
         return next((scheme for glob, scheme in self.schemes if fnmatch.fnmatchcase(name, glob)), None)
 
-    def _quantize_weight(self, node: ir.Node, scheme: Scheme) -> None:
+    def _quantize_weight(self, node: ir.Node, scheme: Scheme, shared: dict[tuple[ir.Value, Scheme], ir.Value]) -> None:
         weight = _input(node, 1)
+        if (weight, scheme) not in shared:
+            shared[weight, scheme] = self._static_dq(node, weight, scheme)
+        node.replace_input_with(1, shared[weight, scheme])
+        if not weight.uses():
+            _graph(node).initializers.pop(str(weight.name))
+
+    def _static_dq(self, node: ir.Node, weight: ir.Value, scheme: Scheme) -> ir.Value:
         parts = (_two_level_parts if scheme.weights == "int4" else _int8_parts)(weight, self.group_size)
         for part in parts.values():
             _graph(node).register_initializer(part)
@@ -116,9 +122,7 @@ class PlaceQdq(RewritePass):
         attributes = {"axis": 0, "block_size": self.group_size}
         dequantized = _insert(node, "DequantizeLinear", [parts["codes"], scales], "weight/DequantizeLinear", attributes)
         dequantized.dtype, dequantized.shape = ir.DataType.FLOAT, weight.shape
-        node.replace_input_with(1, dequantized)
-        if not weight.uses():
-            _graph(node).initializers.pop(str(weight.name))
+        return dequantized
 
     def _quantize_activation(self, model: ir.Model, node: ir.Node, shared: dict[ir.Value, ir.Value]) -> None:
         x = _input(node, 0)

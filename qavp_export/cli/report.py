@@ -24,7 +24,7 @@ from qavp_export.bundle import GRAPH_NAME
 from qavp_export.estimate import Estimate
 from qavp_export.manifest import Manifest
 
-_QUANTIZED_PREFIX = "decoder:"
+_DECODER_PREFIX = "decoder:"
 
 
 class ProgressBars:
@@ -80,7 +80,7 @@ class ProgressBars:
 
 def summary(manifest: Manifest, bundle: Path) -> dict[str, Any]:
     """Returns what an export did, as JSON values."""
-    decoder = [value for layer, value in manifest.precision.items() if layer.startswith(_QUANTIZED_PREFIX)]
+    decoder = [value for layer, value in manifest.precision.items() if layer.startswith(_DECODER_PREFIX)]
     sizes = {
         component: sum(entry.bytes for entry in manifest.files if entry.path.startswith(f"{component}/"))
         for component in manifest.components

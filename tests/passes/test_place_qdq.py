@@ -136,6 +136,17 @@ def test_layers_on_one_input_share_one_quantization(rng: np.random.Generator) ->
     assert [layer.precision for layer in realized_precision(model)] == ["w4a4", "w4a4"]
 
 
+def test_layers_that_share_a_weight_share_its_codes(tmp_path: Path, rng: np.random.Generator) -> None:
+    model = _two_linears(rng)
+    FoldWeightTransposes()(model)
+    first, second = (node for node in model.graph if node.op_type == "MatMul")
+    second.replace_input_with(1, first.inputs[1])
+    assert PlaceQdq(GROUP)(model).matched == 2
+    a, b = _run(model, tmp_path, rng.standard_normal((1, 2, K)).astype(np.float32))
+    np.testing.assert_array_equal(a, b)
+    assert sum(value.dtype == ir.DataType.INT4 for value in model.graph.initializers.values()) == 1
+
+
 def test_unfolded_transpose_is_left_alone_and_others_are_reported(rng: np.random.Generator) -> None:
     model = _two_linears(rng)
     result = PlaceQdq(40, (("first", W4A4),))(model)
