@@ -83,7 +83,7 @@ def attention_upstream(graph: ir.Graph, features: ir.Value) -> FusedAttention | 
             return _read_softmax(node, values)
     raise GraphError(
         f"no attention upstream of {features.name!r}; inline model-local functions if it is inside one, "
-        "or use scorer 'norm'"
+        "or use semantic 'norm'"
     )
 
 
@@ -203,7 +203,7 @@ def _size(value: ir.Value, axis: int, node: ir.Node) -> int:
 
 
 def _refused(node: ir.Node, reason: str) -> GraphError:
-    return GraphError(_message(node, f"{reason}; use scorer 'norm'"))
+    return GraphError(_message(node, f"{reason}; use semantic 'norm'"))
 
 
 def _message(node: ir.Node, reason: str) -> str:

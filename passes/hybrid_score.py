@@ -10,7 +10,7 @@ from qavp_export.errors import GraphError, InputError
 from qavp_export.numerics.groups import largest_group_size
 from qavp_export.numerics.score import ScoreInput, check_score_settings
 from qavp_export.numerics.semantic import Scorer
-from qavp_export.passes import semantic
+from qavp_export.passes import semantic as scorers
 from qavp_export.passes._attention import FusedAttention, OpenAttention, attention_upstream
 from qavp_export.passes._builder import NodeBuilder
 from qavp_export.passes._infra import (
@@ -63,7 +63,7 @@ class InsertHybridScore(RewritePass):
 
     Args:
         at: Name of the image features: what the projector computes, or a graph input.
-        scorer: `cls`, `received`, `norm` or `random`.
+        semantic: Semantic scorer: `cls`, `received`, `norm` or `random`.
         alpha: Weight of the semantic relevance, in [0, 1].
         group_size: Channels per simulated INT4 group; None for the largest of 128, 64, 32, 16 that fits D.
         score_input: `raw` or `rms`.
@@ -78,19 +78,19 @@ class InsertHybridScore(RewritePass):
     def __init__(
         self,
         at: str = "image_features",
-        scorer: Scorer = "cls",
+        semantic: Scorer = "cls",
         alpha: float = 0.5,
         group_size: int | None = None,
         score_input: ScoreInput = "raw",
         seed: int = 0,
     ) -> None:
-        semantic.check_scorer(scorer)
+        scorers.check_scorer(semantic)
         # A group size divides itself: this checks the other settings before any graph is there.
         check_score_settings(group_size or 1, 1 if group_size is None else group_size, alpha, score_input)
         if seed < 0:
             raise InputError(f"seed is {seed}; it must not be negative")
         self.at = at
-        self.scorer = scorer
+        self.semantic = semantic
         self.alpha = alpha
         self.group_size = group_size
         self.score_input = score_input
@@ -108,7 +108,7 @@ class InsertHybridScore(RewritePass):
         plan = with_shapes(model, lambda: self._plan(model, features))
         opset = model.graph.opset_imports[""]
         add_function(model, hybrid_token_score(plan.width, opset, self.score_input))
-        if self.scorer == "norm":
+        if self.semantic == "norm":
             add_function(model, token_norm(plan.width, opset))
         nodes = self._build(features, plan)
         insert_behind(model.graph, features, nodes)
@@ -122,10 +122,10 @@ class InsertHybridScore(RewritePass):
         tokens, width = token_grid(features)
         group_size = largest_group_size([width]) if self.group_size is None else self.group_size
         check_score_settings(width, group_size, self.alpha, self.score_input)
-        if self.scorer not in semantic.ATTENTION_SCORERS:
+        if self.semantic not in scorers.ATTENTION_SCORERS:
             return _Plan(tokens, width, group_size, None, 0)
         site = attention_upstream(model.graph, features)
-        prefix = semantic.prefix_tokens(site, self.at, tokens, self.scorer)
+        prefix = scorers.prefix_tokens(site, self.at, tokens, self.semantic)
         return _Plan(tokens, width, group_size, site, prefix)
 
     def _build(self, features: ir.Value, plan: _Plan) -> list[ir.Node]:
@@ -134,11 +134,11 @@ class InsertHybridScore(RewritePass):
         batch = features.shape[0]
         builder = NodeBuilder("/prune/semantic")
         if plan.site is not None:
-            relevance = semantic.attention_relevance(builder, plan.site, batch, plan.prefix, self.scorer)
-        elif self.scorer == "norm":
-            relevance = semantic.norm(builder, features, batch, plan.tokens)
+            relevance = scorers.attention_relevance(builder, plan.site, batch, plan.prefix, self.semantic)
+        elif self.semantic == "norm":
+            relevance = scorers.norm(builder, features, batch, plan.tokens)
         else:
-            relevance = semantic.random(builder, features, batch, plan.tokens, self.seed)
+            relevance = scorers.random(builder, features, batch, plan.tokens, self.seed)
         scoring = NodeBuilder("/prune/score")
         scoring.op(
             HYBRID_TOKEN_SCORE,

@@ -31,7 +31,7 @@ class PruneVisionTokens(RewritePass):
         at: Name of the image features.
         keep: The fraction kept, in (0, 1]; give this or `tokens`.
         tokens: The number kept, k.
-        scorer: Semantic scorer: `cls` (towers with a [CLS] token), `received`, `norm` or `random`.
+        semantic: Semantic scorer: `cls` (towers with a [CLS] token), `received`, `norm` or `random`.
         alpha: Weight of the semantic relevance, in [0, 1]; 1 is semantic pruning alone.
         group_size: Channels per simulated INT4 group; None for the largest of 128, 64, 32, 16 that fits D.
         score_input: `raw` or `rms`.
@@ -49,14 +49,14 @@ class PruneVisionTokens(RewritePass):
         at: str = "image_features",
         keep: float | None = None,
         tokens: int | None = None,
-        scorer: Scorer = "cls",
+        semantic: Scorer = "cls",
         alpha: float = 0.5,
         group_size: int | None = None,
         score_input: ScoreInput = "raw",
         seed: int = 0,
         select: Select = "topk",
     ) -> None:
-        self._score = InsertHybridScore(at, scorer, alpha, group_size, score_input, seed)
+        self._score = InsertHybridScore(at, semantic, alpha, group_size, score_input, seed)
         self._select = SelectGather(at, keep=keep, tokens=tokens, select=select)
 
     def requires(self, model: ir.Model) -> None:

@@ -24,7 +24,7 @@ def check_scorer(scorer: str) -> None:
         InputError: It is none of `cls`, `received`, `norm`, `random`.
     """
     if scorer not in get_args(Scorer):
-        raise InputError(f"scorer is {scorer!r}; choose one of {list(get_args(Scorer))}")
+        raise InputError(f"semantic is {scorer!r}; choose one of {list(get_args(Scorer))}")
 
 
 def prefix_tokens(site: FusedAttention | OpenAttention, features: str, tokens: int, scorer: str) -> int:
@@ -47,12 +47,12 @@ def prefix_tokens(site: FusedAttention | OpenAttention, features: str, tokens: i
     if prefix not in (0, 1):
         raise GraphError(
             f"attention {site.node.name!r} has {site.tokens} tokens and {features!r} {tokens}; expected "
-            "as many, or one more ([CLS]): use scorer 'norm'"
+            "as many, or one more ([CLS]): use semantic 'norm'"
         )
     if scorer == "cls" and prefix == 0:
         raise GraphError(
             f"attention {site.node.name!r} and {features!r} both have {tokens} tokens: the tower has "
-            "no [CLS] token; use scorer 'received'"
+            "no [CLS] token; use semantic 'received'"
         )
     return prefix
 

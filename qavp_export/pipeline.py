@@ -161,7 +161,7 @@ def rewrite(graphs: Mapping[str, ir.Model], settings: Settings, source: Source, 
         prune = PruneVisionTokens(
             at="image_features",
             tokens=settings.tokens_kept,
-            scorer=settings.semantic,
+            semantic=settings.semantic,
             alpha=recipe.alpha,
             group_size=settings.group_size,
             score_input=recipe.score_input,

@@ -81,7 +81,7 @@ def _feeds(tokens: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("scorer", "prefix"), [("cls", 1), ("received", 1), ("received", 0)])
 def test_score_equals_reference(attention: str, scale: float, scorer: str, prefix: int, optimize: bool) -> None:
     model = _tower(attention, PATCHES + prefix)
-    InsertHybridScore(scorer=scorer, group_size=16)(model)  # type: ignore[arg-type]
+    InsertHybridScore(semantic=scorer, group_size=16)(model)  # type: ignore[arg-type]
     model.graph.outputs.append(ir.convenience.create_value_mapping(model.graph)[SCORE])
     feeds = _feeds(PATCHES + prefix)
     features, score = run(model, feeds, optimize=optimize)
@@ -97,7 +97,7 @@ def test_a_float16_tower_is_scored_in_float32() -> None:
     shape = f"float16[B,{HEADS},{PATCHES + 1},{SIZE}]"
     signature = f"({shape} q, {shape} k, {shape} v) => (float16[B,{PATCHES},{WIDTH}] image_features)"
     model = graph(signature, FUSED_4D + CUT)
-    InsertHybridScore(scorer="cls", group_size=16)(model)
+    InsertHybridScore(semantic="cls", group_size=16)(model)
     model.graph.outputs.append(ir.convenience.create_value_mapping(model.graph)[SCORE])
     feeds = {name: value.astype(np.float16) for name, value in _feeds(PATCHES + 1).items()}
     features, score = run(model, feeds)
@@ -108,14 +108,14 @@ def test_a_float16_tower_is_scored_in_float32() -> None:
 
 def test_cls_computes_one_query_row() -> None:
     model = _tower(FUSED_4D, PATCHES + 1)
-    InsertHybridScore(scorer="cls")(model)
+    InsertHybridScore(semantic="cls")(model)
     softmax = next(node for node in model.graph if node.name == "/prune/semantic/Softmax")
     assert str(softmax.outputs[0].shape) == f"[B,{HEADS},1,{PATCHES + 1}]"
 
 
 def test_a_written_out_softmax_is_read_and_not_recomputed() -> None:
     model = _tower(OPEN, PATCHES + 1, opset=18)
-    InsertHybridScore(scorer="cls")(model)
+    InsertHybridScore(semantic="cls")(model)
     assert op_types(model).count("Softmax") == 1
     assert op_types(model).count("MatMul") == 2
 
@@ -125,7 +125,7 @@ def test_the_last_attention_counts() -> None:
     second = "heads = Attention <scale: float = 0.4> (q, k, early)" + MERGE
     unrelated = "late = Attention <scale: float = 0.7> (q, k, heads) unused = Neg (late)"
     model = _tower(first + second + unrelated, PATCHES + 1)
-    InsertHybridScore(scorer="cls")(model)
+    InsertHybridScore(semantic="cls")(model)
     values = ir.convenience.create_value_mapping(model.graph)
     scale = values["/prune/semantic/scale_output_0"]
     assert ir.convenience.get_const_tensor(scale).numpy() == np.float32(0.4)  # type: ignore[union-attr]
@@ -144,7 +144,7 @@ def test_weights_without_data_are_enough() -> None:
     model.graph.initializers.add(weight)
     # The shape is missing as well, so inference runs over a weight that is not there.
     model.graph.outputs[0].shape = None
-    assert InsertHybridScore(scorer="cls")(model).matched == 1
+    assert InsertHybridScore(semantic="cls")(model).matched == 1
     assert weight.const_value is None
 
 
@@ -157,8 +157,8 @@ MASKED = (
 @pytest.mark.parametrize(
     ("attention", "tokens", "scorer", "message"),
     [
-        (FUSED_4D, PATCHES, "cls", "the tower has no \\[CLS\\] token; use scorer 'received'"),
-        (OPEN, PATCHES, "cls", "the tower has no \\[CLS\\] token; use scorer 'received'"),
+        (FUSED_4D, PATCHES, "cls", "the tower has no \\[CLS\\] token; use semantic 'received'"),
+        (OPEN, PATCHES, "cls", "the tower has no \\[CLS\\] token; use semantic 'received'"),
         ("heads = Attention <is_causal = 1> (q, k, v)" + MERGE, PATCHES + 1, "cls", "it is causal"),
         ("heads = Attention <softcap: float = 5.0> (q, k, v)" + MERGE, PATCHES + 1, "cls", "softcap"),
         (MASKED, PATCHES + 1, "cls", "it has a mask"),
@@ -170,7 +170,7 @@ def test_attention_that_cannot_be_scored_is_refused(attention: str, tokens: int,
     model = _tower(attention, tokens)
     before = op_types(model)
     with pytest.raises(GraphError, match=message) as caught:
-        InsertHybridScore(scorer=scorer)(model)  # type: ignore[arg-type]
+        InsertHybridScore(semantic=scorer)(model)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     assert op_types(model) == before
 
@@ -180,7 +180,7 @@ def test_a_projector_that_merges_tokens_is_refused() -> None:
     shape = f"float[B,{HEADS},{PATCHES},{SIZE}]"
     model = graph(f"({shape} q, {shape} k, {shape} v) => (float[B,5,96] image_features)", body)
     with pytest.raises(GraphError, match="has 10 tokens and 'image_features' 5"):
-        InsertHybridScore(scorer="received")(model)
+        InsertHybridScore(semantic="received")(model)
 
 
 def test_grouped_heads_and_cross_attention_are_refused() -> None:
@@ -191,6 +191,6 @@ def test_grouped_heads_and_cross_attention_are_refused() -> None:
     body = """heads = Attention (q, k, k) turned = Transpose <perm = [0, 2, 1, 3]> (heads)
         flat = Constant <value_ints: ints = [0, 0, 64]> () image_features = Reshape (turned, flat)"""
     with pytest.raises(GraphError, match="4 query heads and 2 key heads"):
-        InsertHybridScore(scorer="received")(graph(signature.format(heads=2, keys=PATCHES), body))
+        InsertHybridScore(semantic="received")(graph(signature.format(heads=2, keys=PATCHES), body))
     with pytest.raises(GraphError, match="it is not self-attention"):
-        InsertHybridScore(scorer="received")(graph(signature.format(heads=4, keys=7), body))
+        InsertHybridScore(semantic="received")(graph(signature.format(heads=4, keys=7), body))

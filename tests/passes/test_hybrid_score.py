@@ -157,7 +157,7 @@ def test_bfloat16_features_are_scored_in_float32() -> None:
         "(float[B,9,32] x) => (float[B,9,32] y)",
         "image_features = Cast <to: int = 16> (x) y = Cast <to: int = 1> (image_features)",
     )
-    InsertHybridScore(scorer="norm", alpha=0.0)(model)
+    InsertHybridScore(semantic="norm", alpha=0.0)(model)
     model.graph.outputs.append(_value(model, SCORE))
     x = np.random.default_rng(0).standard_normal((1, 9, 32)).astype(np.float32)
     rounded, score = run(model, {"x": x})
@@ -181,7 +181,7 @@ def _value(model: ir.Model, name: str) -> ir.Value:
 @pytest.mark.parametrize("scorer", ["norm", "random"])
 def test_scorers_that_need_no_attention(scorer: str, opset: int) -> None:
     model = _features_graph(opset)
-    result = InsertHybridScore(scorer=scorer, seed=3)(model)  # type: ignore[arg-type]
+    result = InsertHybridScore(semantic=scorer, seed=3)(model)  # type: ignore[arg-type]
     assert (result.matched, result.refused, result.modified) == (1, [], True)
     model.graph.outputs.append(_value(model, SCORE))
     x = np.random.default_rng(0).standard_normal((3, 12, 48)).astype(np.float32)
@@ -194,7 +194,7 @@ def test_scorers_that_need_no_attention(scorer: str, opset: int) -> None:
 
 def test_score_is_one_function_node_that_a_plugin_can_replace() -> None:
     model = _features_graph()
-    InsertHybridScore(scorer="norm", alpha=0.25, score_input="rms", group_size=24)(model)
+    InsertHybridScore(semantic="norm", alpha=0.25, score_input="rms", group_size=24)(model)
     node = model.graph[-1]
     assert (node.domain, node.op_type) == ("qavp", "HybridTokenScore")
     assert node.name == "/prune/score/HybridTokenScore"
@@ -214,7 +214,7 @@ def test_score_is_one_function_node_that_a_plugin_can_replace() -> None:
 
 def test_new_values_have_types_and_shapes() -> None:
     model = _features_graph()
-    InsertHybridScore(scorer="random")(model)
+    InsertHybridScore(semantic="random")(model)
     SelectGather(keep=0.25)(model)
     new = [node for node in model.graph if node.op_type != "Identity"]
     assert all(str(node.name).startswith("/prune/") for node in new)
@@ -228,7 +228,7 @@ def test_new_values_have_types_and_shapes() -> None:
 def test_inference_fills_in_a_missing_shape() -> None:
     model = _features_graph()
     model.graph.outputs[0].shape = None
-    assert InsertHybridScore(scorer="norm")(model).matched == 1
+    assert InsertHybridScore(semantic="norm")(model).matched == 1
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_inference_fills_in_a_missing_shape() -> None:
 def test_unsuitable_graphs_are_refused_and_unchanged(model: ir.Model, message: str) -> None:
     before = op_types(model)
     with pytest.raises(InputError, match=message) as caught:
-        InsertHybridScore(scorer="norm")(model)
+        InsertHybridScore(semantic="norm")(model)
     assert "\n" not in str(caught.value)
     assert op_types(model) == before
     assert not model.functions
@@ -259,22 +259,22 @@ def test_unsuitable_graphs_are_refused_and_unchanged(model: ir.Model, message: s
 
 def test_scoring_twice_is_refused() -> None:
     model = _features_graph()
-    InsertHybridScore(scorer="norm")(model)
+    InsertHybridScore(semantic="norm")(model)
     with pytest.raises(GraphError, match="was it pruned before"):
-        InsertHybridScore(scorer="norm")(model)
+        InsertHybridScore(semantic="norm")(model)
 
 
 def test_another_function_of_the_same_name_is_refused() -> None:
     model = _features_graph()
     functions.add_function(model, functions.hybrid_token_score(64, 23, "raw"))
     with pytest.raises(GraphError, match=r"already has a function qavp\.HybridTokenScore"):
-        InsertHybridScore(scorer="norm")(model)
+        InsertHybridScore(semantic="norm")(model)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scorer": "clip"}, "scorer is 'clip'"),
+        ({"semantic": "clip"}, "semantic is 'clip'"),
         ({"alpha": -0.1}, "alpha is -0.1"),
         ({"group_size": 0}, "group_size 0"),
         ({"score_input": "l2"}, "score_input is 'l2'"),

@@ -118,7 +118,7 @@ def test_pruned_export_equals_torch_and_reference(
     exported: Path, truth: _Truth, scorer: str, score_input: ScoreInput
 ) -> None:
     model = ir.load(exported)
-    result = PruneVisionTokens(keep=KEEP, scorer=scorer, score_input=score_input)(model)  # type: ignore[arg-type]
+    result = PruneVisionTokens(keep=KEEP, semantic=scorer, score_input=score_input)(model)  # type: ignore[arg-type]
     assert (result.matched, result.refused) == (1, [])
     # The default group size: 32 is the largest of 128, 64, 32, 16 that divides 96.
     score = hybrid_token_score(truth.features, truth.relevance(scorer), group_size=32, score_input=score_input)
@@ -162,8 +162,8 @@ def _attention_free() -> ir.Model:
     ("settings", "message"),
     [
         ({"keep": 0.5}, "no attention upstream"),
-        ({"tokens": 13, "scorer": "norm"}, "tokens is 13, but 'image_features' has 12"),
-        ({"keep": 0.5, "scorer": "norm", "group_size": 24}, "does not divide the feature width 32"),
+        ({"tokens": 13, "semantic": "norm"}, "tokens is 13, but 'image_features' has 12"),
+        ({"keep": 0.5, "semantic": "norm", "group_size": 24}, "does not divide the feature width 32"),
         ({"keep": 0.5, "at": "features"}, "no value named 'features'"),
     ],
 )
@@ -178,15 +178,15 @@ def test_a_refused_graph_is_left_as_it_was(settings: dict[str, object], message:
 
 def test_pruning_twice_is_refused() -> None:
     model = _attention_free()
-    PruneVisionTokens(keep=0.5, scorer="norm")(model)
+    PruneVisionTokens(keep=0.5, semantic="norm")(model)
     with pytest.raises(GraphError, match="was it pruned before"):
-        PruneVisionTokens(keep=0.5, scorer="norm")(model)
+        PruneVisionTokens(keep=0.5, semantic="norm")(model)
 
 
 def test_composes_with_onnx_ir_passes() -> None:
     model = _attention_free()
     sequence = ir.passes.Sequential(
-        PruneVisionTokens(keep=0.25, scorer="random"), ir.passes.common.TopologicalSortPass()
+        PruneVisionTokens(keep=0.25, semantic="random"), ir.passes.common.TopologicalSortPass()
     )
     assert sequence(model).modified
     assert str(model.graph.outputs[0].shape) == "[B,3,32]"
