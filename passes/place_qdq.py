@@ -17,6 +17,7 @@ from qavp_export.numerics.two_level import (
     quantize_grouped_8bit,
     quantize_two_level,
 )
+from qavp_export.passes._builder import NodeBuilder
 from qavp_export.passes._infra import Refusal, RewritePass, RewriteResult, require_opset
 from qavp_export.passes.two_level_scale import DOMAIN, OP_TYPE, two_level_scale_function
 
@@ -112,16 +113,18 @@ class PlaceQdq(RewritePass):
         parts = (_two_level_parts if scheme.weights == "int4" else _int8_parts)(weight, self.group_size)
         for part in parts.values():
             _graph(node).register_initializer(part)
+        builder = NodeBuilder(f"{node.name}/weight")
+        shape, float32 = _matrix_shape(weight), ir.DataType.FLOAT
         if scheme.weights == "int4":
-            multipliers = _insert(node, "Cast", [parts["multipliers"]], "weight/Cast", {"to": ir.DataType.FLOAT})
-            multipliers.dtype, multipliers.shape = ir.DataType.FLOAT, parts["multipliers"].shape
-            scales = _insert(node, "Mul", [multipliers, parts["steps"]], "weight/Mul")
-            scales.dtype, scales.shape = ir.DataType.FLOAT, parts["multipliers"].shape
+            grid = (shape[0] // self.group_size, shape[1])
+            multipliers = builder.op("Cast", "Cast", [parts["multipliers"]], float32, grid, {"to": int(float32)})
+            scales = builder.op("Mul", "Mul", [multipliers, parts["steps"]], float32, grid)
         else:
             scales = parts["scales"]
-        attributes = {"axis": 0, "block_size": self.group_size}
-        dequantized = _insert(node, "DequantizeLinear", [parts["codes"], scales], "weight/DequantizeLinear", attributes)
-        dequantized.dtype, dequantized.shape = ir.DataType.FLOAT, weight.shape
+        blocked = {"axis": 0, "block_size": self.group_size}
+        name = "DequantizeLinear"
+        dequantized = builder.op(name, name, [parts["codes"], scales], float32, shape, blocked)
+        _graph(node).insert_before(node, builder.nodes)
         return dequantized
 
     def _quantize_activation(self, model: ir.Model, node: ir.Node, shared: dict[ir.Value, ir.Value]) -> None:
@@ -135,24 +138,17 @@ class PlaceQdq(RewritePass):
 
     def _dynamic_qdq(self, node: ir.Node, x: ir.Value) -> ir.Value:
         producer = x.producer()
-        prefix = f"{producer.name if producer is not None else x.name}/"
+        builder = NodeBuilder(str(producer.name if producer is not None else x.name))
+        shape = tuple(x.shape or ())
+        channels, _ = _matrix_shape(_input(node, 1))
+        grid = (*shape[:-1], channels // self.group_size)
+        size, float32, int4 = {"group_size": self.group_size}, ir.DataType.FLOAT, ir.DataType.INT4
+        scale = builder.op(OP_TYPE, OP_TYPE, [x], float32, grid, size, domain=DOMAIN)
         blocked = {"axis": -1, "block_size": self.group_size}
-        scale = _insert(node, OP_TYPE, [x], OP_TYPE, {"group_size": self.group_size}, prefix, DOMAIN)
-        scale.dtype = ir.DataType.FLOAT
-        if x.shape is not None:
-            channels, _ = _matrix_shape(_input(node, 1))
-            scale.shape = ir.Shape((*x.shape[:-1], channels // self.group_size))
-        codes = _insert(
-            node,
-            "QuantizeLinear",
-            [x, scale],
-            "QuantizeLinear",
-            blocked | {"output_dtype": ir.DataType.INT4},
-            prefix,
-        )
-        codes.dtype, codes.shape = ir.DataType.INT4, x.shape
-        values = _insert(node, "DequantizeLinear", [codes, scale], "DequantizeLinear", blocked, prefix)
-        values.dtype, values.shape = ir.DataType.FLOAT, x.shape
+        quantize, dequantize = "QuantizeLinear", "DequantizeLinear"
+        codes = builder.op(quantize, quantize, [x, scale], int4, shape, blocked | {"output_dtype": int(int4)})
+        values = builder.op(dequantize, dequantize, [codes, scale], float32, shape, blocked)
+        _graph(node).insert_before(node, builder.nodes)
         return values
 
 
@@ -183,6 +179,8 @@ def _why_not(node: ir.Node, group_size: int) -> str | None:
         return "its weight is not a constant matrix"
     if weight.dtype != ir.DataType.FLOAT:
         return f"its weight is {weight.dtype}, not FLOAT"
+    if _input(node, 0).shape is None:
+        return "its input has no known shape; run shape inference first"
     channels, _ = _matrix_shape(weight)
     if channels % group_size:
         return f"its {channels} input channels are not a multiple of the group size {group_size}"
@@ -247,23 +245,6 @@ def _part(
         # The codes stand for the weight; steps and scales are new numbers.
         metadata_props=dict(weight.metadata_props) if part == "codes" else {},
     )
-
-
-def _insert(
-    node: ir.Node,
-    op_type: str,
-    inputs: Sequence[ir.Value],
-    suffix: str,
-    attributes: dict[str, int] | None = None,
-    prefix: str | None = None,
-    domain: str = "",
-) -> ir.Value:
-    """Inserts a node before `node` and returns its output; both are named `<prefix or node's name/><suffix>`."""
-    name = f"{prefix if prefix is not None else f'{node.name}/'}{suffix}"
-    new = ir.node(op_type, inputs, attributes, domain=domain, name=name)
-    new.outputs[0].name = name
-    _graph(node).insert_before(node, new)
-    return new.outputs[0]
 
 
 def _graph(node: ir.Node) -> ir.Graph:
