@@ -166,6 +166,7 @@ def rewrite(graphs: Mapping[str, ir.Model], settings: Settings, source: Source, 
             group_size=settings.group_size,
             score_input=recipe.score_input,
             seed=recipe.seed,
+            select=recipe.select,
         )
         prune(graphs["vision_encoder"])
     else:
