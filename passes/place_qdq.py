@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from qavp_export.numerics.two_level import (
@@ -19,10 +17,19 @@ from qavp_export.numerics.two_level import (
 )
 from qavp_export.passes._builder import NodeBuilder
 from qavp_export.passes._infra import Refusal, RewritePass, RewriteResult, require_opset
+from qavp_export.passes._linear import (
+    ReadByAll,
+    by_output_channel,
+    graph_of,
+    input_of,
+    is_linear,
+    matrix_shape,
+    weight_part,
+    why_not_quantizable,
+)
 from qavp_export.passes.two_level_scale import DOMAIN, OP_TYPE, two_level_scale_function
 
 MINIMUM_OPSET = 21
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class PlaceQdq(RewritePass):
             scheme = self._scheme(node)
             if scheme is None:
                 continue
-            reason = _why_not(node, self.group_size)
+            reason = why_not_quantizable(node, self.group_size)
             if reason is not None:
                 refused.append(Refusal(str(node.name), reason))
                 continue
@@ -94,27 +101,25 @@ class PlaceQdq(RewritePass):
         return RewriteResult(model, modified=matched > 0, matched=matched, refused=refused)
 
     def _scheme(self, node: ir.Node) -> Scheme | None:
-        if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
-            return None
-        if node.inputs[1] is None or not node.inputs[1].is_initializer():
+        if not is_linear(node):
             return None
         name = node.name or ""
         return next((scheme for glob, scheme in self.schemes if fnmatch.fnmatchcase(name, glob)), None)
 
     def _quantize_weight(self, node: ir.Node, scheme: Scheme, shared: dict[tuple[ir.Value, Scheme], ir.Value]) -> None:
-        weight = _input(node, 1)
+        weight = input_of(node, 1)
         if (weight, scheme) not in shared:
             shared[weight, scheme] = self._static_dq(node, weight, scheme)
         node.replace_input_with(1, shared[weight, scheme])
         if not weight.uses():
-            _graph(node).initializers.pop(str(weight.name))
+            graph_of(node).initializers.pop(str(weight.name))
 
     def _static_dq(self, node: ir.Node, weight: ir.Value, scheme: Scheme) -> ir.Value:
         parts = (_two_level_parts if scheme.weights == "int4" else _int8_parts)(weight, self.group_size)
         for part in parts.values():
-            _graph(node).register_initializer(part)
+            graph_of(node).register_initializer(part)
         builder = NodeBuilder(f"{node.name}/weight")
-        shape, float32 = _matrix_shape(weight), ir.DataType.FLOAT
+        shape, float32 = matrix_shape(weight), ir.DataType.FLOAT
         if scheme.weights == "int4":
             grid = (shape[0] // self.group_size, shape[1])
             multipliers = builder.op("Cast", "Cast", [parts["multipliers"]], float32, grid, {"to": int(float32)})
@@ -124,11 +129,11 @@ class PlaceQdq(RewritePass):
         blocked = {"axis": 0, "block_size": self.group_size}
         name = "DequantizeLinear"
         dequantized = builder.op(name, name, [parts["codes"], scales], float32, shape, blocked)
-        _graph(node).insert_before(node, builder.nodes)
+        graph_of(node).insert_before(node, builder.nodes)
         return dequantized
 
     def _quantize_activation(self, model: ir.Model, node: ir.Node, shared: dict[ir.Value, ir.Value]) -> None:
-        x = _input(node, 0)
+        x = input_of(node, 0)
         if x not in shared:
             function = two_level_scale_function(model.graph.opset_imports[""])
             model.functions.setdefault(function.identifier(), function)
@@ -140,7 +145,7 @@ class PlaceQdq(RewritePass):
         producer = x.producer()
         builder = NodeBuilder(str(producer.name if producer is not None else x.name))
         shape = tuple(x.shape or ())
-        channels, _ = _matrix_shape(_input(node, 1))
+        channels, _ = matrix_shape(input_of(node, 1))
         grid = (*shape[:-1], channels // self.group_size)
         size, float32, int4 = {"group_size": self.group_size}, ir.DataType.FLOAT, ir.DataType.INT4
         scale = builder.op(OP_TYPE, OP_TYPE, [x], float32, grid, size, domain=DOMAIN)
@@ -148,121 +153,38 @@ class PlaceQdq(RewritePass):
         quantize, dequantize = "QuantizeLinear", "DequantizeLinear"
         codes = builder.op(quantize, quantize, [x, scale], int4, shape, blocked | {"output_dtype": int(int4)})
         values = builder.op(dequantize, dequantize, [codes, scale], float32, shape, blocked)
-        _graph(node).insert_before(node, builder.nodes)
+        graph_of(node).insert_before(node, builder.nodes)
         return values
 
 
-class _ReadByAll(Generic[_T]):
-    """Computes a value for a number of readers, and forgets it when the last one has read it."""
-
-    def __init__(self, compute: Callable[[], _T], readers: int) -> None:
-        self._compute = compute
-        self._readers = readers
-        self._left = 0
-        self._value: _T | None = None
-
-    def read(self) -> _T:
-        value = self._value
-        if value is None:
-            value, self._left = self._compute(), self._readers
-        self._left -= 1
-        self._value = value if self._left else None
-        return value
-
-
-def _why_not(node: ir.Node, group_size: int) -> str | None:
-    """Returns why a linear layer cannot be quantized, or None."""
-    weight = _input(node, 1)
-    if node.op_type == "Gemm":
-        return "it is a Gemm; convert it to MatMul + Add first"
-    if weight.const_value is None or weight.shape is None or len(weight.shape) != 2:
-        return "its weight is not a constant matrix"
-    if weight.dtype != ir.DataType.FLOAT:
-        return f"its weight is {weight.dtype}, not FLOAT"
-    if _input(node, 0).shape is None:
-        return "its input has no known shape; run shape inference first"
-    channels, _ = _matrix_shape(weight)
-    if channels % group_size:
-        return f"its {channels} input channels are not a multiple of the group size {group_size}"
-    return None
-
-
 def _two_level_parts(weight: ir.Value, group_size: int) -> dict[str, ir.Value]:
-    channels, outputs = _matrix_shape(weight)
+    channels, outputs = matrix_shape(weight)
 
     def quantize() -> TwoLevel:
-        return quantize_two_level(_by_output_channel(weight), group_size)
+        return quantize_two_level(by_output_channel(weight), group_size)
 
-    result = _ReadByAll(quantize, readers=3)
+    result = ReadByAll(quantize, readers=3)
     groups = channels // group_size
     int4, uint4, f32 = ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.FLOAT
     return {
-        "codes": _part(weight, "codes", int4, (channels, outputs), lambda: result.read().codes.T),
-        "multipliers": _part(weight, "multipliers", uint4, (groups, outputs), lambda: result.read().multipliers.T),
-        "steps": _part(weight, "steps", f32, (outputs,), lambda: result.read().steps),
+        "codes": weight_part(weight, "codes", int4, (channels, outputs), lambda: result.read().codes.T),
+        "multipliers": weight_part(
+            weight, "multipliers", uint4, (groups, outputs), lambda: result.read().multipliers.T
+        ),
+        "steps": weight_part(weight, "steps", f32, (outputs,), lambda: result.read().steps),
     }
 
 
 def _int8_parts(weight: ir.Value, group_size: int) -> dict[str, ir.Value]:
-    channels, outputs = _matrix_shape(weight)
+    channels, outputs = matrix_shape(weight)
 
     def quantize() -> Grouped8:
-        return quantize_grouped_8bit(_by_output_channel(weight), group_size)
+        return quantize_grouped_8bit(by_output_channel(weight), group_size)
 
-    result = _ReadByAll(quantize, readers=2)
+    result = ReadByAll(quantize, readers=2)
     shape = (channels // group_size, outputs)
     int8, f32 = ir.DataType.INT8, ir.DataType.FLOAT
     return {
-        "codes": _part(weight, "codes", int8, (channels, outputs), lambda: result.read().codes.T),
-        "scales": _part(weight, "scales", f32, shape, lambda: result.read().scales.T),
+        "codes": weight_part(weight, "codes", int8, (channels, outputs), lambda: result.read().codes.T),
+        "scales": weight_part(weight, "scales", f32, shape, lambda: result.read().scales.T),
     }
-
-
-def _by_output_channel(weight: ir.Value) -> npt.NDArray[np.float32]:
-    if weight.const_value is None:
-        raise TypeError(f"initializer {weight.name} has no tensor")
-    return np.ascontiguousarray(weight.const_value.numpy().T)
-
-
-def _part(
-    weight: ir.Value,
-    part: str,
-    dtype: ir.DataType,
-    shape: tuple[int, ...],
-    read: Callable[[], npt.NDArray[np.generic]],
-) -> ir.Value:
-    name = f"{weight.name}.{part}"
-
-    def evaluate() -> ir.TensorProtocol:
-        return ir.Tensor(np.ascontiguousarray(read()).astype(dtype.numpy(), copy=False), dtype=dtype, name=name)
-
-    lazy = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)
-    return ir.Value(
-        name=name,
-        shape=lazy.shape,
-        type=ir.TensorType(dtype),
-        const_value=lazy,
-        # The codes stand for the weight; steps and scales are new numbers.
-        metadata_props=dict(weight.metadata_props) if part == "codes" else {},
-    )
-
-
-def _graph(node: ir.Node) -> ir.Graph:
-    graph = node.graph
-    if not isinstance(graph, ir.Graph):
-        raise TypeError(f"node {node.name} is not in a graph")
-    return graph
-
-
-def _input(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    if value is None:
-        raise TypeError(f"node {node.name} lacks input {index}")
-    return value
-
-
-def _matrix_shape(weight: ir.Value) -> tuple[int, int]:
-    if weight.shape is None:
-        raise TypeError(f"initializer {weight.name} has no shape")
-    rows, columns = weight.shape.numpy()
-    return rows, columns
