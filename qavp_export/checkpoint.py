@@ -7,7 +7,7 @@ and no tensor is loaded before its size has been checked.
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,7 +28,7 @@ from qavp_export.safetensors_index import (
     shown,
 )
 
-__all__ = ["Checkpoint", "TensorInfo", "read_config"]
+__all__ = ["FLOAT_DTYPES", "Checkpoint", "TensorInfo", "read_config"]
 
 _CONFIG_LIMIT = 16_000_000
 _FINITE_CHUNK = 1 << 16
@@ -60,6 +60,9 @@ _EXPONENT_MASKS: Mapping[str, np.generic] = MappingProxyType(
         "F64": np.uint64(0x7FF0_0000_0000_0000),
     }
 )
+
+FLOAT_DTYPES: Collection[str] = tuple(_EXPONENT_MASKS)
+"""The safetensors dtypes of ordinary weights."""
 
 _EXTRA_FILES = (
     "config.json",
@@ -131,7 +134,10 @@ class Checkpoint:
         info = self._info(name)
         dtype = _NUMPY_DTYPES.get(info.dtype)
         if dtype is None:
-            raise self._prequantized(f"tensor {shown(name)} in {info.file.name} is stored as {info.dtype}")
+            raise CheckpointError(
+                f"tensor {shown(name)} in {info.file} is stored as {info.dtype}, which cannot be read; use a "
+                "checkpoint in float16, bfloat16 or float32"
+            )
         array = np.empty(info.shape, dtype)
         with reading(info.file), info.file.open("rb") as file:
             file.seek(info.offset)
@@ -150,7 +156,7 @@ class Checkpoint:
             An array of `shape`: float16, bfloat16, float32 or float64, as stored.
 
         Raises:
-            CheckpointError: The tensor is missing, or has another shape, a quantized dtype, or NaN or
+            CheckpointError: The tensor is missing, or has another shape, an integer dtype, or NaN or
                 infinite values.
         """
         self.check_expected({name: shape})
@@ -165,43 +171,46 @@ class Checkpoint:
             )
         return array
 
-    def check_expected(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Checks, without reading weights, that every expected tensor exists as floats of the expected shape.
+    def check_expected(
+        self,
+        expected: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, Collection[str]] = MappingProxyType({}),
+    ) -> None:
+        """Checks, without reading weights, that every expected tensor exists in the expected shape and dtype.
 
         Args:
             expected: Shapes by tensor name. Tensors beyond these are ignored.
+            dtypes: Allowed safetensors dtypes by tensor name; `FLOAT_DTYPES` for a tensor that it lacks.
 
         Raises:
-            CheckpointError: Tensors are missing, quantized, or of another shape; one line names the first
-                three of each.
+            CheckpointError: Tensors are missing, or of another shape or dtype; one line names the first three
+                of each.
         """
         known = {name: self.tensors[name] for name in expected if name in self.tensors}
-        quantized = [
-            f"tensor {shown(name)} in {info.file.name} is stored as {info.dtype}"
-            for name, info in known.items()
-            if info.dtype not in _EXPONENT_MASKS
-        ]
-        if quantized:
-            raise self._prequantized(_first_three(quantized))
         missing = [shown(name) for name in expected if name not in known]
-        wrong = [
+        shapes = [
             f"{shown(name)} in {info.file.name} has shape {info.shape}, expected {tuple(expected[name])}"
             for name, info in known.items()
             if info.shape != tuple(expected[name])
         ]
-        problems = []
-        if missing:
-            problems.append(f"{_count(len(missing), 'tensor')} missing ({_first_three(missing)})")
-        if wrong:
-            problems.append(f"{_count(len(wrong), 'tensor')} of wrong shape ({_first_three(wrong)})")
+        allowed = {name: dtypes.get(name, FLOAT_DTYPES) for name in known}
+        stored = [
+            f"{shown(name)} in {info.file.name} is stored as {info.dtype}, expected {' or '.join(allowed[name])}"
+            for name, info in known.items()
+            if info.dtype not in allowed[name]
+        ]
+        problems = [
+            f"{_count(len(found), 'tensor')} {fault} ({_first_three(found)})"
+            for fault, found in (("missing", missing), ("of wrong shape", shapes), ("of wrong dtype", stored))
+            if found
+        ]
         if not problems:
             return
-        found = "; ".join(problems)
-        if self.config.get("quantization_config") is not None:
-            raise self._prequantized(f"config.json has a quantization_config, and {found}")
+        advice = "check that both come from the same model, or download it again"
+        if stored or any(name.endswith((".qweight", ".weight_packed")) for name in self.tensors):
+            advice += "; a quantized checkpoint needs the quantization_config that its quantizer wrote"
         raise CheckpointError(
-            f"the weights in {self.folder} do not fit its config.json: {found}; "
-            "check that both come from the same model, or download it again"
+            f"the weights in {self.folder} do not fit its config.json: {'; '.join(problems)}; {advice}"
         )
 
     def extra_files(self) -> list[Path]:
@@ -228,12 +237,6 @@ class Checkpoint:
                 f"{self.folder} has no tensor {shown(name)}; check that its config.json and weights belong together"
             )
         return info
-
-    def _prequantized(self, finding: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.folder}: {finding}; pre-quantized checkpoints are not supported yet: use the original "
-            "one, in float16, bfloat16 or float32"
-        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

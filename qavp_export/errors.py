@@ -33,6 +33,10 @@ class CheckpointError(InputError):
     """A checkpoint is missing, incomplete, corrupt or of a kind that is not supported."""
 
 
+class CalibrationError(InputError):
+    """Calibration data are missing, malformed, too large, or lead out of their folder."""
+
+
 class BundleError(InputError):
     """A bundle is missing, incomplete, corrupt, or written by an incompatible version."""
 

@@ -198,22 +198,36 @@ class TestChecks:
     @pytest.mark.parametrize(
         ("dtype", "size"), [("I8", 4), ("U8", 4), ("F8_E4M3", 4), ("F4", 2), ("I64", 32), ("BOOL", 4)]
     )
-    def test_prequantized(self, single: Path, dtype: str, size: int) -> None:
+    def test_wrong_dtype(self, single: Path, dtype: str, size: int) -> None:
         write_raw(single / "model.safetensors", {"x": entry(dtype, [4], 0, size)}, bytes(size))
         checkpoint = Checkpoint.open(single)
-        expected = rf"tensor x in model\.safetensors is stored as {dtype}; pre-quantized checkpoints are not"
-        with pytest.raises(CheckpointError, match=expected):
+        with pytest.raises(CheckpointError) as caught:
             checkpoint.read_checked("x", (4,))
+        assert str(caught.value) == (
+            f"the weights in {single} do not fit its config.json: 1 tensor of wrong dtype (x in model.safetensors is "
+            f"stored as {dtype}, expected F16 or BF16 or F32 or F64); check that both come from the same model, or "
+            "download it again; a quantized checkpoint needs the quantization_config that its quantizer wrote"
+        )
         if dtype.startswith("F"):
-            with pytest.raises(CheckpointError, match=expected):
+            with pytest.raises(
+                CheckpointError, match=rf"tensor x in .*is stored as {dtype}, which cannot be read; use"
+            ):
                 checkpoint.read("x")
 
-    def test_prequantized_by_config(self, single: Path) -> None:
-        (single / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": {"quant_method": "gptq"}}))
+    def test_allowed_dtypes(self, single: Path) -> None:
         checkpoint = Checkpoint.open(single)
-        checkpoint.check_expected({"a.weight": (3, 5)})
-        with pytest.raises(CheckpointError, match=r"1 tensor missing \(q\.weight\); pre-quantized checkpoints"):
-            checkpoint.check_expected({"q.weight": (3, 5)})
+        checkpoint.check_expected({"ids": (6,), "scalar": ()}, {"ids": ("I32", "I64")})
+        with pytest.raises(CheckpointError, match=r"ids in model\.safetensors is stored as I64, expected I8 or I32\)"):
+            checkpoint.check_expected({"ids": (6,)}, {"ids": ("I8", "I32")})
+        # A float is no substitute for an integer.
+        with pytest.raises(CheckpointError, match=r"scalar in model\.safetensors is stored as F32, expected I32"):
+            checkpoint.check_expected({"scalar": ()}, {"scalar": ("I32",)})
+
+    @pytest.mark.parametrize("part", ["qweight", "weight_packed"])
+    def test_quantized_tensors_in_the_place_of_weights(self, single: Path, part: str) -> None:
+        save_file({f"x.{part}": np.zeros((1, 4), np.int32)}, single / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"1 tensor missing \(x\.weight\); .* needs the quantization_config"):
+            Checkpoint.open(single).check_expected({"x.weight": (4, 8)})
 
     @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
     @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
