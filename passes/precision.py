@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+NVFP4 = "nvfp4"
+"""The precision of a layer that multiplies FP4 by FP4."""
+
 
 @dataclass(frozen=True)
 class RealizedPrecision:
@@ -15,7 +18,7 @@ class RealizedPrecision:
         node: Name of the MatMul node.
         weight: Name of the initializer that holds the weight or its codes.
         precision: `w4a4`, `w8a16`, `float32`, ...: bits of weights and of activations; `float16` and `bfloat16` are
-            16-bit storage with float32 arithmetic.
+            16-bit storage with float32 arithmetic; `nvfp4` is FP4 weights times FP4 activations.
         activation: Name of the value that holds the quantized input; None if the input is float.
     """
 
@@ -47,7 +50,7 @@ def realized_precision(model: ir.Model) -> list[RealizedPrecision]:
 
 
 def _activation_codes(node: ir.Node) -> ir.Value | None:
-    """Returns the integers behind a linear layer's input, or None if it is float."""
+    """Returns the codes behind a linear layer's input, or None if it is float."""
     producer = node.inputs[0].producer() if node.inputs[0] is not None else None
     if producer is None or producer.op_type != "DequantizeLinear":
         return None
@@ -58,6 +61,8 @@ def _precision(stored: ir.DataType, codes: ir.Value | None) -> str:
     if stored.is_integer():
         bits = codes.dtype.bitwidth if codes is not None and codes.dtype is not None else 16
         return f"w{stored.bitwidth}a{bits}"
+    if stored == ir.DataType.FLOAT4E2M1 and codes is not None and codes.dtype == stored:
+        return NVFP4
     return {ir.DataType.FLOAT: "float32"}.get(stored, stored.name.lower())
 
 
