@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -17,6 +17,13 @@ def is_linear(node: ir.Node) -> bool:
     if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
         return False
     return node.inputs[1] is not None and node.inputs[1].is_initializer()
+
+
+def linear_layers(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """Yields the MatMul and Gemm nodes of the main graph whose weight is an initializer, with the weight."""
+    for node in model.graph:
+        if is_linear(node):
+            yield node, input_of(node, 1)
 
 
 def why_not_quantizable(node: ir.Node, group_size: int) -> str | None:
@@ -73,7 +80,7 @@ def weight_part(
     name = f"{weight.name}.{part}"
 
     def evaluate() -> ir.TensorProtocol:
-        return ir.Tensor(np.ascontiguousarray(read()).astype(dtype.numpy(), copy=False), dtype=dtype, name=name)
+        return ir.Tensor(np.asarray(read(), order="C").astype(dtype.numpy(), copy=False), dtype=dtype, name=name)
 
     lazy = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(shape), name=name)
     return ir.Value(
@@ -84,6 +91,11 @@ def weight_part(
         # The codes stand for the weight; steps and scales are new numbers.
         metadata_props=dict(weight.metadata_props) if part == "codes" else {},
     )
+
+
+def name_of(node: ir.Node) -> str:
+    """Returns a node's name; that of its first output for a node without one."""
+    return node.name or str(node.outputs[0].name)
 
 
 def graph_of(node: ir.Node) -> ir.Graph:

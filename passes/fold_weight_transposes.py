@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from qavp_export.passes._infra import Refusal, RewritePass, RewriteResult
@@ -50,7 +49,7 @@ def _transposed(weight: ir.Value) -> ir.Value:
     rows, columns = tensor.shape.numpy()
     name = f"{weight.name}.transposed"
     lazy = ir.LazyTensor(
-        lambda: ir.Tensor(np.ascontiguousarray(tensor.numpy().T), name=name),
+        lambda: ir.Tensor(tensor.numpy().T, name=name),
         dtype=tensor.dtype,
         shape=ir.Shape((columns, rows)),
         name=name,

@@ -50,7 +50,7 @@ def _store(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
     if tensor is None:
         raise TypeError(f"initializer {value.name} has no tensor")
     value.const_value = ir.LazyTensor(
-        lambda: ir.Tensor(np.asarray(tensor.numpy()).astype(dtype.numpy()), dtype=dtype, name=value.name),
+        lambda: ir.Tensor(np.asarray(tensor.numpy()).astype(dtype.numpy(), order="C"), dtype=dtype, name=value.name),
         dtype=dtype,
         shape=tensor.shape,  # type: ignore[arg-type]  # an initializer's shape is static
         name=value.name,
