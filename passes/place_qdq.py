@@ -1,62 +1,45 @@
-"""Places QuantizeLinear / DequantizeLinear pairs around linear layers, with two-level 4-bit group scales."""
+"""Places QuantizeLinear / DequantizeLinear pairs around linear layers."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-from qavp_export.numerics.two_level import (
-    Grouped8,
-    TwoLevel,
-    quantize_grouped_8bit,
-    quantize_two_level,
-)
+from qavp_export.numerics.one_level import Bits, OneLevel, largest_code
+from qavp_export.numerics.two_level import TwoLevel
+from qavp_export.passes import group_scale, two_level_scale
 from qavp_export.passes._builder import NodeBuilder
 from qavp_export.passes._infra import Refusal, RewritePass, RewriteResult, require_opset
 from qavp_export.passes._linear import (
     ReadByAll,
-    by_output_channel,
     graph_of,
     input_of,
     is_linear,
     matrix_shape,
+    name_of,
     weight_part,
     why_not_quantizable,
 )
-from qavp_export.passes.two_level_scale import DOMAIN, OP_TYPE, two_level_scale_function
+from qavp_export.passes.quantizer import Quantized, RoundWeights, WeightQuantizer
+from qavp_export.passes.scheme import W4A4, Scheme
 
 MINIMUM_OPSET = 21
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How one linear layer is quantized.
-
-    Attributes:
-        weights: `int4`: two-level 4-bit groups; `int8`: 8-bit groups with a float scale each.
-        activations: `int4`: two-level 4-bit groups computed at run time per token; None: float.
-    """
-
-    weights: Literal["int4", "int8"]
-    activations: Literal["int4"] | None
-
-
-W4A4 = Scheme(weights="int4", activations="int4")
-W8A16 = Scheme(weights="int8", activations=None)
 
 
 class PlaceQdq(RewritePass):
     """Rewrites `MatMul(x, weight)` with a constant weight `[K,N]` to run in a scheme's precision.
 
-    1. Weights become codes and scales: `DequantizeLinear(codes [K,N], scales [K/G,N], axis=0, block_size=G)`. In the
-       two-level form the scales are `Cast(multipliers UINT4 [K/G,N]) * steps [N]`. Codes, multipliers and steps are
-       lazy: a weight is read and quantized once, when the model is saved.
-    2. Activations `x [...,K]` become `DequantizeLinear(QuantizeLinear(x, s), s)` in INT4, blocked along the last
-       axis, where `s = qavp.TwoLevelScale(x) [...,K/G]`. Linear layers that share an input share the pair.
+    1. Weights become codes and scales: `DequantizeLinear(codes [K,N], scales [K/B,N], axis=0, block_size=B)`, where the
+       block B is the group size, or K for one scale per output channel. In the two-level form the scales are
+       `Cast(multipliers UINT4 [K/G,N]) * steps [N]`. All parts are lazy: a weight is read and quantized once, when the
+       model is saved.
+    2. Activations `x [...,K]` become `DequantizeLinear(QuantizeLinear(x, s), s)` in INT4 or INT8, blocked along the
+       last axis, where `s` is `qavp.TwoLevelScale(x)` or `qavp.GroupScale(x) [...,K/B]`. Linear layers that share an
+       input and a scheme share the pair.
     3. Zero points are omitted: both are symmetric.
 
     Works on any opset 21+ model whose linear layers are MatMul nodes; run `FoldWeightTransposes` first if weights
@@ -64,13 +47,21 @@ class PlaceQdq(RewritePass):
 
     Args:
         group_size: Channels along K that share a scale (G).
-        schemes: Pairs of a glob over node names and a scheme, first match wins; nodes that match none stay float.
+        schemes: Pairs of a glob over node names and a scheme, first match wins; nodes that match none, or match None,
+            stay float.
+        quantizer: Rounds the weights; to the nearest code with a clip search if it is left out.
     """
 
-    def __init__(self, group_size: int, schemes: Sequence[tuple[str, Scheme]] = (("*", W4A4),)) -> None:
+    def __init__(
+        self,
+        group_size: int,
+        schemes: Sequence[tuple[str, Scheme | None]] = (("*", W4A4),),
+        quantizer: WeightQuantizer | None = None,
+    ) -> None:
         super().__init__()
         self.group_size = group_size
         self.schemes = tuple(schemes)
+        self.quantizer = quantizer or RoundWeights()
 
     def requires(self, model: ir.Model) -> None:
         """Checks the opset.
@@ -85,7 +76,7 @@ class PlaceQdq(RewritePass):
         refused: list[Refusal] = []
         matched = 0
         weights: dict[tuple[ir.Value, Scheme], ir.Value] = {}
-        activations: dict[ir.Value, ir.Value] = {}
+        activations: dict[tuple[ir.Value, Scheme], ir.Value] = {}
         for node in list(model.graph):
             scheme = self._scheme(node)
             if scheme is None:
@@ -96,7 +87,7 @@ class PlaceQdq(RewritePass):
                 continue
             self._quantize_weight(node, scheme, weights)
             if scheme.activations is not None:
-                self._quantize_activation(model, node, activations)
+                self._quantize_activation(model, node, scheme, activations)
             matched += 1
         return RewriteResult(model, modified=matched > 0, matched=matched, refused=refused)
 
@@ -115,76 +106,102 @@ class PlaceQdq(RewritePass):
             graph_of(node).initializers.pop(str(weight.name))
 
     def _static_dq(self, node: ir.Node, weight: ir.Value, scheme: Scheme) -> ir.Value:
-        parts = (_two_level_parts if scheme.weights == "int4" else _int8_parts)(weight, self.group_size)
+        channels, outputs = matrix_shape(weight)
+        block = scheme.weight_group(channels, self.group_size)
+        parts = _weight_parts(weight, scheme, block, lambda: self.quantizer(weight, scheme, self.group_size))
         for part in parts.values():
             graph_of(node).register_initializer(part)
-        builder = NodeBuilder(f"{node.name}/weight")
-        shape, float32 = matrix_shape(weight), ir.DataType.FLOAT
-        if scheme.weights == "int4":
-            grid = (shape[0] // self.group_size, shape[1])
+        builder = NodeBuilder(f"{name_of(node)}/weight")
+        float32, scales = ir.DataType.FLOAT, parts.get("scales")
+        if scales is None:
+            grid = (channels // block, outputs)
             multipliers = builder.op("Cast", "Cast", [parts["multipliers"]], float32, grid, {"to": int(float32)})
             scales = builder.op("Mul", "Mul", [multipliers, parts["steps"]], float32, grid)
-        else:
-            scales = parts["scales"]
-        blocked = {"axis": 0, "block_size": self.group_size}
+        blocked = {"axis": 0, "block_size": block}
         name = "DequantizeLinear"
-        dequantized = builder.op(name, name, [parts["codes"], scales], float32, shape, blocked)
+        dequantized = builder.op(name, name, [parts["codes"], scales], float32, (channels, outputs), blocked)
         graph_of(node).insert_before(node, builder.nodes)
         return dequantized
 
-    def _quantize_activation(self, model: ir.Model, node: ir.Node, shared: dict[ir.Value, ir.Value]) -> None:
+    def _quantize_activation(
+        self, model: ir.Model, node: ir.Node, scheme: Scheme, shared: dict[tuple[ir.Value, Scheme], ir.Value]
+    ) -> None:
         x = input_of(node, 0)
-        if x not in shared:
-            function = two_level_scale_function(model.graph.opset_imports[""])
-            model.functions.setdefault(function.identifier(), function)
-            model.graph.opset_imports.setdefault(DOMAIN, 1)
-            shared[x] = self._dynamic_qdq(node, x)
-        node.replace_input_with(0, shared[x])
+        # What the weight's bits are does not matter to the activation.
+        key = (x, Scheme("int4", scheme.activations, scheme.scales))
+        if key not in shared:
+            shared[key] = self._dynamic_qdq(model, node, scheme, suffix=f"_{len(shared)}" if _seen(x, shared) else "")
+        node.replace_input_with(0, shared[key])
 
-    def _dynamic_qdq(self, node: ir.Node, x: ir.Value) -> ir.Value:
-        producer = x.producer()
-        builder = NodeBuilder(str(producer.name if producer is not None else x.name))
-        shape = tuple(x.shape or ())
+    def _dynamic_qdq(self, model: ir.Model, node: ir.Node, scheme: Scheme, suffix: str) -> ir.Value:
+        x = input_of(node, 0)
+        builder = NodeBuilder(f"{x.name}{suffix}")
+        shape, float32 = tuple(x.shape or ()), ir.DataType.FLOAT
         channels, _ = matrix_shape(input_of(node, 1))
-        grid = (*shape[:-1], channels // self.group_size)
-        size, float32, int4 = {"group_size": self.group_size}, ir.DataType.FLOAT, ir.DataType.INT4
-        scale = builder.op(OP_TYPE, OP_TYPE, [x], float32, grid, size, domain=DOMAIN)
-        blocked = {"axis": -1, "block_size": self.group_size}
+        block = scheme.activation_group(channels, self.group_size)
+        scale = _scale(model, builder, x, scheme, block)
+        dtype = ir.DataType.INT4 if scheme.activations == "int4" else ir.DataType.INT8
+        blocked = {"axis": -1, "block_size": block}
         quantize, dequantize = "QuantizeLinear", "DequantizeLinear"
-        codes = builder.op(quantize, quantize, [x, scale], int4, shape, blocked | {"output_dtype": int(int4)})
+        codes = builder.op(quantize, quantize, [x, scale], dtype, shape, blocked | {"output_dtype": int(dtype)})
         values = builder.op(dequantize, dequantize, [codes, scale], float32, shape, blocked)
         graph_of(node).insert_before(node, builder.nodes)
         return values
 
 
-def _two_level_parts(weight: ir.Value, group_size: int) -> dict[str, ir.Value]:
+def _seen(x: ir.Value, shared: dict[tuple[ir.Value, Scheme], ir.Value]) -> bool:
+    return any(value is x for value, _ in shared)
+
+
+def _scale(model: ir.Model, builder: NodeBuilder, x: ir.Value, scheme: Scheme, block: int) -> ir.Value:
+    """Adds the function node that computes the scales of `x [...,K]`, `[...,K/block]`."""
+    shape = tuple(x.shape or ())
+    attributes: dict[str, int | float] = {"group_size": block}
+    opset = model.graph.opset_imports[""]
+    if scheme.activations == "int4" and scheme.scales == "two-level":
+        function, op_type = two_level_scale.two_level_scale_function(opset), two_level_scale.OP_TYPE
+    else:
+        function, op_type = group_scale.group_scale_function(opset), group_scale.OP_TYPE
+        attributes["largest_code"] = float(largest_code(_bits(scheme.activations)))
+    model.functions.setdefault(function.identifier(), function)
+    model.graph.opset_imports.setdefault(function.domain, 1)
+    channels = shape[-1]
+    groups = channels // block if isinstance(channels, int) else channels
+    return builder.op(
+        op_type, op_type, [x], ir.DataType.FLOAT, (*shape[:-1], groups), attributes, domain=function.domain
+    )
+
+
+def _bits(kind: str | None) -> Bits:
+    return 4 if kind == "int4" else 8
+
+
+def _weight_parts(
+    weight: ir.Value, scheme: Scheme, block: int, quantize: Callable[[], Quantized]
+) -> dict[str, ir.Value]:
+    """Returns the lazy initializers that a weight becomes: codes, and multipliers and steps or scales."""
     channels, outputs = matrix_shape(weight)
-
-    def quantize() -> TwoLevel:
-        return quantize_two_level(by_output_channel(weight), group_size)
-
-    result = ReadByAll(quantize, readers=3)
-    groups = channels // group_size
-    int4, uint4, f32 = ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.FLOAT
-    return {
-        "codes": weight_part(weight, "codes", int4, (channels, outputs), lambda: result.read().codes.T),
-        "multipliers": weight_part(
-            weight, "multipliers", uint4, (groups, outputs), lambda: result.read().multipliers.T
-        ),
-        "steps": weight_part(weight, "steps", f32, (outputs,), lambda: result.read().steps),
-    }
+    grid = (channels // block, outputs)
+    two_level = scheme.weights == "int4" and scheme.scales == "two-level"
+    result = ReadByAll(quantize, readers=3 if two_level else 2)
+    codes = ir.DataType.INT4 if scheme.weights == "int4" else ir.DataType.INT8
+    parts = {"codes": weight_part(weight, "codes", codes, (channels, outputs), lambda: result.read().codes.T)}
+    if not two_level:
+        parts["scales"] = weight_part(weight, "scales", ir.DataType.FLOAT, grid, lambda: _scales(result.read()).T)
+        return parts
+    uint4, f32 = ir.DataType.UINT4, ir.DataType.FLOAT
+    parts["multipliers"] = weight_part(weight, "multipliers", uint4, grid, lambda: _two(result.read()).multipliers.T)
+    parts["steps"] = weight_part(weight, "steps", f32, (outputs,), lambda: _two(result.read()).steps)
+    return parts
 
 
-def _int8_parts(weight: ir.Value, group_size: int) -> dict[str, ir.Value]:
-    channels, outputs = matrix_shape(weight)
+def _scales(quantized: Quantized) -> npt.NDArray[np.float32]:
+    if not isinstance(quantized, OneLevel):
+        raise TypeError("a quantizer returned two-level scales for a one-level scheme")
+    return quantized.scales
 
-    def quantize() -> Grouped8:
-        return quantize_grouped_8bit(by_output_channel(weight), group_size)
 
-    result = ReadByAll(quantize, readers=2)
-    shape = (channels // group_size, outputs)
-    int8, f32 = ir.DataType.INT8, ir.DataType.FLOAT
-    return {
-        "codes": weight_part(weight, "codes", int8, (channels, outputs), lambda: result.read().codes.T),
-        "scales": weight_part(weight, "scales", f32, shape, lambda: result.read().scales.T),
-    }
+def _two(quantized: Quantized) -> TwoLevel:
+    if not isinstance(quantized, TwoLevel):
+        raise TypeError("a quantizer returned one-level scales for a two-level scheme")
+    return quantized

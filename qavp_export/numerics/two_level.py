@@ -1,4 +1,4 @@
-"""Two-level group quantization to 4 bit, and grouped 8-bit weights: the reference (NumPy, float32).
+"""Two-level group quantization to 4 bit: the reference (NumPy, float32).
 
 Source: the two-level scheme of VS-Quant (Dai et al., MLSys 2021), with ceil for the integer multipliers so that no
 value is clipped. Every graph and kernel is tested against this file.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qavp_export.errors import RecipeError
+from qavp_export.numerics.groups import grouped
 
 Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
@@ -42,8 +42,8 @@ class TwoLevel:
     def dequantize(self) -> Float32:
         """Returns the represented values, `[..., K]` float32."""
         group_size = self.codes.shape[-1] // self.multipliers.shape[-1]
-        grouped = _grouped(self.codes, group_size).astype(np.float32)
-        return (grouped * self.scales()[..., None]).reshape(self.codes.shape)
+        groups = grouped(self.codes, group_size).astype(np.float32)
+        return (groups * self.scales()[..., None]).reshape(self.codes.shape)
 
 
 def quantize_two_level(values: Float32, group_size: int) -> TwoLevel:
@@ -59,54 +59,11 @@ def quantize_two_level(values: Float32, group_size: int) -> TwoLevel:
     Raises:
         RecipeError: `group_size` does not divide K.
     """
-    grouped = _grouped(values.astype(np.float32, copy=False), group_size)
-    amplitudes = np.max(np.abs(grouped), axis=-1) / np.float32(CODE_MAX)
+    groups = grouped(values.astype(np.float32, copy=False), group_size)
+    amplitudes = np.max(np.abs(groups), axis=-1) / np.float32(CODE_MAX)
     steps = np.max(amplitudes, axis=-1) / np.float32(MULTIPLIER_MAX)
     divisors = np.where(steps > 0, steps, np.float32(1))[..., None]
     multipliers = np.clip(np.ceil(amplitudes / divisors), 1, MULTIPLIER_MAX)
     scales = (multipliers * divisors)[..., None]
-    codes = np.clip(np.rint(grouped / scales), CODE_MIN, CODE_MAX)
+    codes = np.clip(np.rint(groups / scales), CODE_MIN, CODE_MAX)
     return TwoLevel(codes.astype(np.int8).reshape(values.shape), multipliers.astype(np.uint8), steps)
-
-
-@dataclass(frozen=True)
-class Grouped8:
-    """8-bit weights with one float scale per group: `value = codes * scales`, groups along the last axis.
-
-    Attributes:
-        codes: `[..., K]` int8 in [-127, 127].
-        scales: `[..., K / group_size]` float32.
-    """
-
-    codes: Int8
-    scales: Float32
-
-    def dequantize(self) -> Float32:
-        """Returns the represented values, `[..., K]` float32."""
-        group_size = self.codes.shape[-1] // self.scales.shape[-1]
-        grouped = _grouped(self.codes, group_size).astype(np.float32)
-        return (grouped * self.scales[..., None]).reshape(self.codes.shape)
-
-
-def quantize_grouped_8bit(values: Float32, group_size: int) -> Grouped8:
-    """Quantizes vectors along the last axis to symmetric 8 bit, one float scale per group.
-
-    Args:
-        values: `[..., K]` float32; `group_size` divides K.
-        group_size: Channels that share a scale.
-
-    Raises:
-        RecipeError: `group_size` does not divide K.
-    """
-    grouped = _grouped(values.astype(np.float32, copy=False), group_size)
-    amplitudes = np.max(np.abs(grouped), axis=-1)
-    scales = np.where(amplitudes > 0, amplitudes / np.float32(127), np.float32(1))
-    codes = np.clip(np.rint(grouped / scales[..., None]), -127, 127)
-    return Grouped8(codes.astype(np.int8).reshape(values.shape), scales.astype(np.float32))
-
-
-def _grouped(values: npt.NDArray[np.generic], group_size: int) -> npt.NDArray[np.generic]:
-    channels = values.shape[-1]
-    if group_size < 1 or channels % group_size:
-        raise RecipeError(f"group size {group_size} does not divide {channels} channels")
-    return values.reshape(*values.shape[:-1], channels // group_size, group_size)

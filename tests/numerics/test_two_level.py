@@ -10,8 +10,8 @@ from hypothesis.extra.numpy import arrays
 
 from qavp_export.errors import RecipeError
 from qavp_export.numerics.groups import largest_group_size
+from qavp_export.numerics.one_level import quantize_one_level
 from qavp_export.numerics.two_level import (
-    quantize_grouped_8bit,
     quantize_two_level,
 )
 
@@ -81,7 +81,7 @@ def test_group_size_that_does_not_divide_is_refused() -> None:
 
 
 def test_grouped_8bit_by_hand() -> None:
-    result = quantize_grouped_8bit(np.array([[127.0, -63.5, 0, 0, 1.0, 0.5]], np.float32), 2)
+    result = quantize_one_level(np.array([[127.0, -63.5, 0, 0, 1.0, 0.5]], np.float32), 2, 8)
     np.testing.assert_allclose(result.scales, [[1, 1, 1 / 127]], rtol=1e-7)
     assert result.codes.tolist() == [[127, -64, 0, 0, 127, 64]]
     np.testing.assert_allclose(result.dequantize()[0, 4], 1.0, rtol=1e-6)
