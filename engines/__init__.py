@@ -64,9 +64,8 @@ class DecoderSession(Protocol):
         """
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """A bundle opened by one backend. Serves calls from several threads at once."""
+class Encoders(Protocol):
+    """What comes before the decoder, opened by one backend. Serves calls from several threads at once."""
 
     def encode_images(self, pixel_values: FloatArray) -> tuple[FloatArray, IntArray]:
         """Runs the vision encoder on `[I, 3, H, W]`.
@@ -88,6 +87,11 @@ class Engine(Protocol):
         Raises:
             PromptError: The number of placeholders is not that of the features; the message states both.
         """
+
+
+@runtime_checkable
+class Engine(Encoders, Protocol):
+    """A bundle opened by one backend. Serves calls from several threads at once."""
 
     def start(self) -> DecoderSession:
         """Starts a generation with an empty cache."""

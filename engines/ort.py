@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from qavp_export.engines import EngineOptions, FloatArray, IntArray
-from qavp_export.errors import BundleError, InputError, PromptError, QavpError
+from qavp_export.errors import BundleError, InputError, PromptError, QavpError, UnavailableError
 from qavp_export.manifest import Manifest
 
 _LEVELS: Mapping[str, ort.GraphOptimizationLevel] = MappingProxyType(
@@ -22,15 +22,12 @@ _LEVELS: Mapping[str, ort.GraphOptimizationLevel] = MappingProxyType(
     }
 )
 _FATAL = 4
+_NVFP4 = "nvfp4"
 _Values = dict[str, ort.OrtValue]
 
 
-class OrtCpuEngine:
-    """Runs a bundle's three graphs with ONNX Runtime's CPU provider.
-
-    Sessions are shared by all calls; everything that a generation changes is in its own
-    `OrtDecoderSession`.
-    """
+class OrtEncoders:
+    """Runs what comes before a bundle's decoder: vision encoder and embedding."""
 
     def __init__(self, bundle: Path, manifest: Manifest, options: EngineOptions) -> None:
         """Opens the graphs.
@@ -39,24 +36,17 @@ class OrtCpuEngine:
             BundleError: A graph is missing, cannot be opened, or lacks an input or output of the contract.
             InputError: An option is out of range.
         """
-        settings = session_options(options)
-        past, present = _cache_names(manifest.decoder.num_layers)
-        contract = {
-            "vision_encoder": (["pixel_values"], ["image_features", "kept_indices"]),
-            "embedding": (["input_ids", "image_features"], ["inputs_embeds"]),
-            "decoder": (["inputs_embeds", "attention_mask", "position_ids", *past], ["logits", *present]),
-        }
-        self._graphs = {
-            name: _Graph(name, _graph_path(bundle, manifest, name), settings, inputs, outputs)
-            for name, (inputs, outputs) in contract.items()
-        }
-        self._spec = manifest.decoder
-        self._tokens_per_image = manifest.vision_tokens.after
+        self._settings = session_options(options)
+        self._vision = _open(
+            bundle, manifest, "vision_encoder", self._settings, ["pixel_values"], ["image_features", "kept_indices"]
+        )
+        inputs = ["input_ids", "image_features"]
+        self._embedding = _open(bundle, manifest, "embedding", self._settings, inputs, ["inputs_embeds"])
         self._image_token_id = manifest.vision_tokens.image_token_id
 
     def encode_images(self, pixel_values: FloatArray) -> tuple[FloatArray, IntArray]:
         """See `Engine.encode_images`."""
-        outputs = self._graphs["vision_encoder"].run({"pixel_values": _value(pixel_values, np.float32)})
+        outputs = self._vision.run({"pixel_values": _value(pixel_values, np.float32)})
         return outputs["image_features"].numpy(), outputs["kept_indices"].numpy()
 
     def embed(self, input_ids: IntArray, image_features: FloatArray) -> FloatArray:
@@ -72,19 +62,41 @@ class OrtCpuEngine:
             "input_ids": _value(input_ids, np.int64),
             "image_features": _value(image_features, np.float32),
         }
-        embeds: FloatArray = self._graphs["embedding"].run(inputs)["inputs_embeds"].numpy()
+        embeds: FloatArray = self._embedding.run(inputs)["inputs_embeds"].numpy()
         return embeds
+
+
+class OrtCpuEngine(OrtEncoders):
+    """Runs a bundle's three graphs with ONNX Runtime's CPU provider.
+
+    Sessions are shared by all calls; everything that a generation changes is in its own
+    `OrtDecoderSession`.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, options: EngineOptions) -> None:
+        """Opens the graphs; see `OrtEncoders`.
+
+        Raises:
+            UnavailableError: The decoder is in NVFP4.
+        """
+        if _NVFP4 in manifest.precision.values():
+            raise UnavailableError(
+                f"the decoder of {bundle} is in NVFP4, which ONNX Runtime {ort.__version__} does not run; it is for "
+                "TensorRT on a GPU of compute capability 10 or newer: export with --format int to run it here"
+            )
+        super().__init__(bundle, manifest, options)
+        past, present = _cache_names(manifest.decoder.num_layers)
+        inputs = ["inputs_embeds", "attention_mask", "position_ids", *past]
+        self._decoder = _open(bundle, manifest, "decoder", self._settings, inputs, ["logits", *present])
+        self._spec = manifest.decoder
+        self._tokens_per_image = manifest.vision_tokens.after
 
     def start(self) -> OrtDecoderSession:
         """See `Engine.start`."""
         no_images = np.zeros((0, self._tokens_per_image, self._spec.hidden_size), np.float32)
         cache_shape = (self._spec.num_key_value_heads, self._spec.head_dim)
         return OrtDecoderSession(
-            self._graphs["embedding"],
-            self._graphs["decoder"],
-            self._spec.num_layers,
-            cache_shape,
-            _value(no_images, np.float32),
+            self._embedding, self._decoder, self._spec.num_layers, cache_shape, _value(no_images, np.float32)
         )
 
 
@@ -167,6 +179,12 @@ class _Graph:
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base class
             raise QavpError(f"ONNX Runtime failed in the {self._name} ({_one_line(error)})") from error
         return dict(zip(self._outputs, values, strict=True))
+
+
+def _open(
+    bundle: Path, manifest: Manifest, name: str, settings: ort.SessionOptions, inputs: list[str], outputs: list[str]
+) -> _Graph:
+    return _Graph(name, _graph_path(bundle, manifest, name), settings, inputs, outputs)
 
 
 def session_options(options: EngineOptions) -> ort.SessionOptions:

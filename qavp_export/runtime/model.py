@@ -7,16 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast, overload
 
-import numpy as np
-
 from qavp_export.engines import Engine, EngineOptions, FloatArray, load_engine
-from qavp_export.errors import BundleError, InputError, PromptError
+from qavp_export.errors import InputError, PromptError
 from qavp_export.manifest import Manifest
-from qavp_export.runtime.batching import Prepared, check_context, pad_prompts
+from qavp_export.runtime.batching import Prepared
 from qavp_export.runtime.generation import generate_tokens
-from qavp_export.runtime.images import ImagePreprocessor, ImageSource
-from qavp_export.runtime.processors import load_processors
-from qavp_export.runtime.prompts import PromptEncoder, read_chat_template
+from qavp_export.runtime.images import ImageSource
+from qavp_export.runtime.preparation import Preparer
 from qavp_export.runtime.sampling import Sampling
 from qavp_export.runtime.streaming import TextStream
 
@@ -51,11 +48,8 @@ class QavpModel:
         """Loads the tokenizer and the image processor of an opened bundle; use `from_bundle`."""
         self.manifest = manifest
         self.engine = engine
-        self._tokenizer, image_processor = load_processors(bundle)
-        self._encoder = PromptEncoder(
-            self._tokenizer, read_chat_template(bundle, self._tokenizer), manifest.vision_tokens
-        )
-        self._preprocessor = ImagePreprocessor(image_processor, *_image_size(manifest))
+        self._preparer = Preparer(bundle, manifest, engine)
+        self._tokenizer = self._preparer.tokenizer
 
     @classmethod
     def from_bundle(
@@ -97,26 +91,7 @@ class QavpModel:
             ImageError: An image cannot be read.
         """
         texts, images_of = _pair(images, prompts)
-        tokens, decoder = self.manifest.vision_tokens, self.manifest.decoder
-        counts = tuple(len(group) for group in images_of)
-        ids = [self._encoder.encode(text, count, chat_template) for text, count in zip(texts, counts, strict=True)]
-        check_context(ids, tokens, decoder)
-        pixels = self._preprocessor([image for group in images_of for image in group])
-        if len(pixels):
-            features, kept = self.engine.encode_images(pixels)
-        else:
-            features = np.zeros((0, tokens.after, decoder.hidden_size), np.float32)
-            kept = np.zeros((0, tokens.after), np.int64)
-        padded = pad_prompts(ids, kept, counts, tokens, decoder)
-        return Prepared(
-            input_ids=padded.input_ids,
-            attention_mask=padded.attention_mask,
-            position_ids=padded.position_ids,
-            next_positions=padded.next_positions,
-            inputs_embeds=self.engine.embed(padded.input_ids, features),
-            kept_indices=kept,
-            images_per_prompt=counts,
-        )
+        return self._preparer.prepare(texts, images_of, chat_template=chat_template)
 
     def logits(self, images: Images, prompts: str | Prompts, *, chat_template: bool = True) -> FloatArray:
         """Runs the prompts only.
@@ -322,16 +297,3 @@ def _as_list(images: ImagesOfPrompt) -> list[ImageSource]:
     if isinstance(images, (list, tuple)):
         return list(images)
     return [cast(ImageSource, images)]
-
-
-def _image_size(manifest: Manifest) -> tuple[int, int]:
-    """Height and width of the vision encoder's static grid."""
-    component = manifest.components.get("vision_encoder")
-    shapes = [spec.shape for spec in component.inputs if spec.name == "pixel_values"] if component else []
-    if len(shapes) == 1 and len(shapes[0]) == 4:
-        height, width = shapes[0][2:]
-        if isinstance(height, int) and isinstance(width, int):
-            return height, width
-    raise BundleError(
-        "the manifest gives no fixed image size (vision_encoder, pixel_values [B,3,H,W]); export the bundle again"
-    )

@@ -22,7 +22,7 @@ class PromptEncoder:
         self._chat_template = chat_template
         self._tokens = tokens
 
-    def encode(self, prompt: str, num_images: int, chat_template: bool) -> IntArray:
+    def encode(self, prompt: str, num_images: int, chat_template: bool, answer: str = "") -> IntArray:
         """Encodes one prompt.
 
         Args:
@@ -30,6 +30,7 @@ class PromptEncoder:
                 each image goes (it is widened to the k placeholders here, as a transformers processor does).
             num_images: Images of this prompt. The chat template puts them before the text.
             chat_template: Whether to wrap the text in the checkpoint's chat template.
+            answer: Text that follows the prompt.
 
         Returns:
             Token ids `[S]`.
@@ -42,6 +43,7 @@ class PromptEncoder:
         if not isinstance(prompt, str):
             raise PromptError(f"a prompt is a string, not {type(prompt).__name__}")
         text = self._render(prompt, num_images) if chat_template else prompt
+        text += answer
         token, per_image = self._tokens.image_token, self._tokens.after
         self._check(text.count(token) * per_image, num_images)
         # As transformers' processors do: a template that already starts with the BOS text gets no second one.
