@@ -1,0 +1,1 @@
+"""Sample pictures and questions; installed as the default calibration data."""

@@ -1,0 +1,111 @@
+"""Rounds the decoder's weights by GPTQ, layer by layer, on what the engine will see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from qavp_export.calibration.stops import Stop, find_stops
+from qavp_export.calibration.stored import StoredWeights
+from qavp_export.calibration.walk import Walk
+from qavp_export.numerics.gptq import GptqSettings, gptq_one_level, gptq_two_level
+from qavp_export.numerics.one_level import OneLevel
+from qavp_export.numerics.two_level import TwoLevel
+from qavp_export.passes import Quantized, Scheme, by_output_channel
+from qavp_export.passes.quantizer import relative_error, squared_error
+
+Float32 = npt.NDArray[np.float32]
+
+
+class GptqCalibration:
+    """Rounds weights one input after the other: each layer is calibrated on what the rounded layers before it yield.
+
+    Args:
+        quantized: The decoder with its quantizers in place; `weights` is its quantizer.
+        walk: A walk over it.
+        original: The decoder before that, with float weights and activations.
+        original_walk: A walk over it, on the same prompts: what each layer should have seen.
+        weights: Takes the rounded weights.
+        group_size: Channels that share a scale.
+        settings: Damping and order.
+    """
+
+    def __init__(
+        self,
+        quantized: ir.Model,
+        walk: Walk,
+        original: ir.Model,
+        original_walk: Walk,
+        weights: StoredWeights,
+        group_size: int,
+        settings: GptqSettings,
+    ) -> None:
+        self._quantized = quantized
+        self._walk = walk
+        self._originals = {str(node.name): node for node in original.graph}
+        self._original_walk = original_walk
+        self._weights = weights
+        self._group_size = group_size
+        self._settings = settings
+
+    def run(self, schemes: Mapping[str, Scheme], progress: Callable[[int, int], None]) -> None:
+        """Rounds the weights of layers with 4-bit weights.
+
+        Args:
+            schemes: The scheme of each of them by node name.
+            progress: Called with layers done and layers in all.
+
+        Raises:
+            CalibrationError: The model overflows on the calibration prompts.
+        """
+        done = 0
+        for stop in find_stops(self._quantized, schemes):
+            progress(done, len(schemes))
+            source = self._originals[str(stop.nodes[0].name)].inputs[0]
+            if source is None:
+                raise TypeError(f"{stop.nodes[0].name} has no input")
+            self._walk.advance([stop.value])
+            self._original_walk.advance([source])
+            hessian, cross = self._correlations(stop, source)
+            self._round(stop, schemes[str(stop.nodes[0].name)], hessian, cross)
+            done += len(stop.nodes)
+        progress(done, len(schemes))
+
+    def _correlations(self, stop: Stop, source: ir.Value) -> tuple[Float32, Float32]:
+        """Returns `sum xq^T xq` and `sum xf^T xq` over all tokens, `[K, K]`."""
+        hessian: torch.Tensor | None = None
+        cross: torch.Tensor | None = None
+        for seen, meant in zip(self._walk.read(stop.value), self._original_walk.read(source), strict=True):
+            quantized, original = (torch.from_numpy(x.reshape(-1, x.shape[-1])) for x in (seen, meant))
+            if hessian is None or cross is None:
+                hessian, cross = (torch.zeros(x.shape[-1], x.shape[-1]) for x in (seen, meant))
+            # In place: a product of its own would be as large as the Hessian.
+            hessian.addmm_(quantized.T, quantized)
+            cross.addmm_(original.T, quantized)
+        if hessian is None or cross is None:
+            raise ValueError("there is no calibration prompt")
+        return hessian.numpy(), cross.numpy()
+
+    def _round(self, stop: Stop, scheme: Scheme, hessian: Float32, cross: Float32) -> None:
+        originals = [self._originals[str(node.name)].inputs[1] for node in stop.nodes]
+        weights = [weight for weight in originals if weight is not None]
+        values = [by_output_channel(weight) for weight in weights]
+        # Layers with one input share the Hessian, so that it is factorized once.
+        stacked = np.concatenate(values) if len(values) > 1 else values[0]
+        rounding = gptq_two_level if scheme.scales == "two-level" else gptq_one_level
+        result = rounding(stacked, hessian, self._group_size, cross=cross, settings=self._settings)
+        start = 0
+        for weight, value in zip(weights, values, strict=True):
+            part = _rows(result, slice(start, start + len(value)))
+            self._weights.put(str(weight.name), part, relative_error(*squared_error(value, part)))
+            start += len(value)
+
+
+def _rows(quantized: Quantized, rows: slice) -> Quantized:
+    if isinstance(quantized, TwoLevel):
+        return TwoLevel(quantized.codes[rows], quantized.multipliers[rows], quantized.steps[rows])
+    return OneLevel(quantized.codes[rows], quantized.scales[rows])

@@ -1,0 +1,57 @@
+"""Calibration prompts as the decoder will see them: embedded, with the image tokens that survive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qavp_export.calibration.data import CalibrationItem
+from qavp_export.engines import EngineOptions
+from qavp_export.engines.ort import OrtEncoders
+from qavp_export.errors import CalibrationError, ImageError, PromptError
+from qavp_export.manifest import Manifest
+from qavp_export.runtime.preparation import Preparer
+
+Array = npt.NDArray[Any]
+
+
+def embed_prompts(bundle: Path, manifest: Manifest, items: tuple[CalibrationItem, ...]) -> Iterator[dict[str, Array]]:
+    """Runs vision encoder and embedding on each prompt, answer included.
+
+    Args:
+        bundle: The folder with both graphs, tokenizer and processor.
+        manifest: What is known of the bundle.
+        items: The prompts. The checkpoint's chat template wraps them if it has one.
+
+    Yields:
+        The decoder's inputs with an empty cache, batch size 1.
+
+    Raises:
+        CalibrationError: A picture cannot be read, or a prompt does not fit the context; the message names it.
+    """
+    preparer = Preparer(bundle, manifest, OrtEncoders(bundle, manifest, EngineOptions()))
+    spec = manifest.decoder
+    empty = np.zeros((1, spec.num_key_value_heads, 0, spec.head_dim), np.float32)
+    cache = {f"past_key_values.{layer}.{part}": empty for layer in range(spec.num_layers) for part in ("key", "value")}
+    for item in items:
+        prompt = item.prompt
+        if not preparer.has_chat_template:
+            prompt = f"{manifest.vision_tokens.image_token}\n" * len(item.images) + prompt
+        answer = f" {item.answer}" if item.answer else ""
+        try:
+            prepared = preparer.prepare(
+                [prompt], [list(item.images)], chat_template=preparer.has_chat_template, answers=[answer]
+            )
+        except (ImageError, PromptError) as error:
+            shows = ", ".join(path.name for path in item.images)
+            raise CalibrationError(f"calibration prompt about {shows}: {error}") from error
+        yield {
+            "inputs_embeds": prepared.inputs_embeds,
+            "attention_mask": prepared.attention_mask,
+            "position_ids": prepared.position_ids,
+            **cache,
+        }

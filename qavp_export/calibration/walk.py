@@ -1,0 +1,116 @@
+"""Runs a decoder's graph from one linear layer's input to the next, with the weights of a few layers in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort  # type: ignore[import-untyped]
+from onnx_ir.convenience import extract
+
+from qavp_export.engines import EngineOptions
+from qavp_export.engines.ort import session_options
+
+Array = npt.NDArray[Any]
+
+
+class Walk:
+    """A forward pass over a set of prompts that stops where it is told.
+
+    Each step runs the part of the graph that lies between what is known and what is wanted, for every prompt, and keeps
+    on disk what later parts will read. Weights are read when their part runs: a layer may be changed until then.
+
+    Args:
+        model: The graph; its initializers may be lazy.
+        feeds: The graph's inputs by name, one mapping for each prompt.
+        folder: An empty folder for values in between.
+    """
+
+    def __init__(self, model: ir.Model, feeds: Sequence[Mapping[str, Array]], folder: Path) -> None:
+        self._model = model
+        self._prompts = len(feeds)
+        self._folder = folder
+        self._known: dict[ir.Value, int] = {}
+        self._done: set[ir.Node] = set()
+        self._numbered = 0
+        for value in model.graph.inputs:
+            if str(value.name) in feeds[0]:
+                self._known[value] = self._new_number()
+                for prompt, feed in enumerate(feeds):
+                    np.save(self._file(value, prompt), feed[str(value.name)])
+
+    def advance(self, wanted: Collection[ir.Value]) -> None:
+        """Computes values for every prompt; `read` gives them until the walk has passed all that read them."""
+        nodes, sources = self._between(wanted)
+        if not nodes:
+            return
+        self._done |= nodes
+        computed = [value for node in self._model.graph if node in nodes for value in node.outputs]
+        kept = [value for value in computed if value in wanted or any(user not in self._done for user in _users(value))]
+        session = self._session(sources, kept)
+        names = [str(value.name) for value in kept]
+        for value in kept:
+            self._known[value] = self._new_number()
+        for prompt in range(self._prompts):
+            feeds = {str(value.name): np.load(self._file(value, prompt)) for value in sources}
+            for value, array in zip(kept, session.run(names, feeds), strict=True):
+                np.save(self._file(value, prompt), array)
+        self._forget(wanted)
+
+    def read(self, value: ir.Value) -> Iterator[Array]:
+        """Yields a known value, prompt by prompt."""
+        for prompt in range(self._prompts):
+            yield np.load(self._file(value, prompt))
+
+    def _between(self, wanted: Collection[ir.Value]) -> tuple[set[ir.Node], list[ir.Value]]:
+        """Returns the nodes that lead from known values to wanted ones, and those known values."""
+        nodes: set[ir.Node] = set()
+        sources: dict[ir.Value, None] = {}
+        pending = [value for value in wanted if value not in self._known]
+        while pending:
+            node = pending.pop().producer()
+            if node is None or node in nodes:
+                continue
+            nodes.add(node)
+            for value in node.inputs:
+                if value is not None and value in self._known:
+                    sources[value] = None
+                elif value is not None:
+                    pending.append(value)
+        return nodes, list(sources)
+
+    def _session(self, sources: list[ir.Value], outputs: list[ir.Value]) -> ort.InferenceSession:
+        graph = extract(self._model.graph, sources, outputs)
+        for value, source in zip(graph.inputs, sources, strict=True):
+            # Shape inference leaves some values without a type; what was computed has one.
+            value.dtype = ir.DataType.from_numpy(next(self.read(source)).dtype)
+        part = ir.Model(
+            graph,
+            ir_version=self._model.ir_version,
+            functions=list(self._model.functions.values()),
+        )
+        options = session_options(EngineOptions(graph_optimization="disable"))
+        return ort.InferenceSession(ir.to_proto(part).SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def _forget(self, wanted: Collection[ir.Value]) -> None:
+        for value in [value for value in self._known if value not in wanted]:
+            if all(user in self._done for user in _users(value)):
+                for prompt in range(self._prompts):
+                    self._file(value, prompt).unlink()
+                del self._known[value]
+
+    def _new_number(self) -> int:
+        self._numbered += 1
+        return self._numbered
+
+    def _file(self, value: ir.Value, prompt: int) -> Path:
+        return self._folder / f"{self._known[value]}-{prompt}.npy"
+
+
+def _users(value: ir.Value) -> Iterator[ir.Node]:
+    for node, _ in value.uses():
+        yield node
