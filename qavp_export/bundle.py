@@ -75,6 +75,10 @@ class BundleWriter:
                 f"no space left for {self.target}; free some or choose another -o (nothing was left behind)"
             ) from error
 
+    def scratch(self) -> tempfile.TemporaryDirectory[str]:
+        """Returns a folder on the same disk for what is needed meanwhile; a context manager that removes it."""
+        return tempfile.TemporaryDirectory(prefix="scratch.", dir=self.folder)
+
     def copy(self, files: list[Path]) -> None:
         """Copies files of the checkpoint (configuration, tokenizer, processor) into the bundle's top folder."""
         for file in files:

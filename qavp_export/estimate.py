@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
 from qavp_export.families import Family, Plan
+from qavp_export.passes import SCHEMES
+from qavp_export.quantization import precision_of
+from qavp_export.recipe import Precision
 from qavp_export.settings import Settings
 from qavp_export.tracing import build_skeleton
 
@@ -29,7 +33,7 @@ class Estimate:
         semantic: Semantic scorer.
         group_size: Channels that share a scale.
         decoder_layers: Decoder layers.
-        quantized_linears: Linear layers at W4A4.
+        linears: Number of linear layers by precision.
         parameters: Parameters of the model.
         checkpoint_bytes: Size of the checkpoint's tensors.
         bundle_bytes: Size of the bundle's graphs and weights.
@@ -43,7 +47,7 @@ class Estimate:
     semantic: str
     group_size: int
     decoder_layers: int
-    quantized_linears: int
+    linears: dict[str, int]
     parameters: int
     checkpoint_bytes: int
     bundle_bytes: int
@@ -68,13 +72,12 @@ def estimate(config: Any, family: Family, plan: Plan, settings: Settings) -> Est
     stored = 4 if str(getattr(config, "dtype", None) or "float16").endswith("float32") else 2
     decoder = family.decoder(skeleton)
     quantized = 0
-    linears = 0
+    precisions: Counter[str] = Counter()
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Linear):
-            is_head = name == "lm_head"
-            precision = settings.recipe.lm_head if is_head else settings.recipe.decoder
-            quantized += _linear_bytes(module, precision, settings.group_size, stored)
-            linears += precision == "w4a4"
+            precision = precision_of(name, settings.recipe)
+            quantized += _linear_bytes(module, precision, settings, stored)
+            precisions[precision] += 1
     in_decoder = {id(module) for module in decoder.modules() if isinstance(module, nn.Linear)}
     rest = sum(
         parameter.numel() * (stored if parameter.dim() > 1 else 4)
@@ -90,7 +93,7 @@ def estimate(config: Any, family: Family, plan: Plan, settings: Settings) -> Est
         semantic=settings.semantic,
         group_size=settings.group_size,
         decoder_layers=plan.num_layers,
-        quantized_linears=linears,
+        linears=dict(precisions),
         parameters=sum(sizes),
         checkpoint_bytes=sum(sizes) * stored,
         bundle_bytes=quantized + rest,
@@ -99,12 +102,17 @@ def estimate(config: Any, family: Family, plan: Plan, settings: Settings) -> Est
     )
 
 
-def _linear_bytes(module: nn.Linear, precision: str, group_size: int, stored: int) -> int:
+def _linear_bytes(module: nn.Linear, precision: Precision, settings: Settings, stored: int) -> int:
     elements, outputs = module.weight.numel(), module.out_features
-    groups = elements // group_size
+    groups = elements // settings.group_size
     bias = 4 * outputs if module.bias is not None else 0
-    if precision == "w4a4":
+    if settings.recipe.format == "nvfp4" and precision == "w4a4":
+        return elements // 2 + elements // 16 + bias
+    scheme = SCHEMES.get(precision)
+    if scheme is None:
+        return elements * stored + bias
+    if scheme.weights == "int8":
+        return elements + 4 * (outputs if scheme.activations == "int8" else groups) + bias
+    if settings.recipe.scales == "two-level":
         return elements // 2 + groups // 2 + 4 * outputs + bias
-    if precision == "w8a16":
-        return elements + 4 * groups + bias
-    return elements * stored + bias
+    return elements // 2 + 4 * groups + bias

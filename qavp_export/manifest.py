@@ -109,7 +109,11 @@ class Manifest:
         decoder: Sizes of the decoder.
         components: The graphs by component name: `vision_encoder`, `embedding`, `decoder`.
         precision: Realized precision by layer, for example `{"/model/layers.0/mlp/up_proj/MatMul": "w4a4"}`.
+        weight_error: Relative error `norm2(W - W^) / norm2(W)` of each rounded weight, by module name.
+        calibration: What the recipe was calibrated on: name and SHA-256 of the data, number of prompts, and the
+            measured sensitivity of each layer, by module name, if the recipe asks for it. None without calibration.
         checkpoint_bytes: Size of the checkpoint's tensors.
+        checkpoint_quantization: How the checkpoint itself stores quantized weights; None if they are floats.
         parity: What the parity check compared and found.
         versions: Versions of qavp-export and the libraries that wrote the graphs.
         files: Every other file of the bundle.
@@ -123,7 +127,10 @@ class Manifest:
     decoder: DecoderSpec
     components: dict[str, Component]
     precision: dict[str, str]
+    weight_error: dict[str, float]
+    calibration: dict[str, Any] | None
     checkpoint_bytes: int
+    checkpoint_quantization: dict[str, Any] | None
     parity: dict[str, Any]
     versions: dict[str, str]
     files: list[FileEntry] = field(default_factory=list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,22 +15,20 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from qavp_export.bundle import BundleWriter
+from qavp_export.calibration import CalibrationSet, demo_calibration, read_calibration
 from qavp_export.checkpoint import Checkpoint
-from qavp_export.errors import BundleError, CheckpointError, ParityError, QavpError
+from qavp_export.errors import BundleError, CheckpointError, ParityError, RecipeError
 from qavp_export.families import Family, Plan, family_for
-from qavp_export.manifest import Component, DecoderSpec, Manifest, VisionTokens
-from qavp_export.parity import QuantizedLayer, check_parity
+from qavp_export.manifest import DecoderSpec, Manifest, VisionTokens
+from qavp_export.parity import check_parity
 from qavp_export.passes import (
-    W4A4,
-    W8A16,
     FoldWeightTransposes,
     KeepAllTokens,
-    PlaceQdq,
     PruneVisionTokens,
-    Scheme,
     StoreHalf,
     realized_precision,
 )
+from qavp_export.quantization import Calibration, Quantization, quantize
 from qavp_export.recipe import Recipe
 from qavp_export.runtime.processors import load_processors
 from qavp_export.settings import Settings, settle
@@ -64,7 +62,16 @@ class Source:
     tokenizer: Any
 
 
-def export(folder: Path, recipe: Recipe, target: Path, *, name: str, force: bool, progress: Progress) -> Manifest:
+def export(
+    folder: Path,
+    recipe: Recipe,
+    target: Path,
+    *,
+    name: str,
+    force: bool,
+    progress: Progress,
+    calibration: Path | None = None,
+) -> Manifest:
     """Exports a checkpoint folder as a bundle.
 
     Args:
@@ -74,6 +81,7 @@ def export(folder: Path, recipe: Recipe, target: Path, *, name: str, force: bool
         name: The model as the user named it.
         force: Replace an existing bundle.
         progress: Called as the work goes on.
+        calibration: Image prompts for recipes that need them, see `read_calibration`; None takes the demo's.
 
     Returns:
         The bundle's manifest.
@@ -83,23 +91,44 @@ def export(folder: Path, recipe: Recipe, target: Path, *, name: str, force: bool
     """
     source = open_source(folder, name)
     settings = settle(recipe, source.family, source.plan)
+    drawn = draw_prompts(recipe, calibration)
     with BundleWriter(target, force=force) as writer:
-        graphs, weights = trace(source, _stage(progress, "trace"))
-        progress("rewrite", 0, 1)
-        rewrite(graphs, settings, source, weights)
-        components = {
-            component: writer.write_graph(component, graph, _stage(progress, f"write {component}"))
-            for component, graph in graphs.items()
-        }
         writer.copy(source.checkpoint.extra_files())
-        manifest = _manifest(source, settings, components, graphs)
+        graphs, weights = trace(source, _stage(progress, "trace"))
+        progress("prune", 0, 1)
+        prune(graphs, settings, source)
+        manifest = describe(source, settings)
+        for component in ("vision_encoder", "embedding"):
+            _write(writer, manifest, component, graphs, weights, progress)
+        with writer.scratch() as scratch:
+            prompts = None if drawn is None else Calibration.of(drawn, writer.folder, manifest, Path(scratch), progress)
+            quantized = quantize(graphs["decoder"], settings, prompts)
+            _write(writer, manifest, "decoder", graphs, weights, progress, quantized.rotated())
         progress("compare with PyTorch", 0, 1)
-        layers = _quantized_layers(graphs["decoder"])
-        parity = check_parity(folder, writer.folder, manifest, source.plan, settings, layers)
+        manifest = _with_results(manifest, graphs, quantized, weights, drawn)
+        parity = check_parity(
+            folder, writer.folder, manifest, source.plan, settings, quantized.layers, quantized.read_weight
+        )
         if parity.verdict == "FAIL":
             raise ParityError(f"the exported graphs differ from PyTorch: {parity.reason}; please report this")
         progress("finish", 0, 1)
         return writer.commit(dataclasses.replace(manifest, parity=parity.to_dict()))
+
+
+def draw_prompts(recipe: Recipe, calibration: Path | None) -> CalibrationSet | None:
+    """Draws the calibration prompts that a recipe needs; None if it needs none.
+
+    Raises:
+        CalibrationError: The data are missing or malformed.
+        RecipeError: Data were given to a recipe that does not read them.
+    """
+    if not recipe.needs_calibration:
+        if calibration is not None:
+            raise RecipeError(f"recipe {recipe.name} reads no calibration data; leave --calibration out, or use gptq")
+        return None
+    if calibration is None:
+        return demo_calibration(recipe.calibration_samples, recipe.seed)
+    return read_calibration(calibration, recipe.calibration_samples, recipe.seed)
 
 
 def open_source(folder: Path, name: str) -> Source:
@@ -152,41 +181,24 @@ def trace(source: Source, progress: Callable[[int, int], None]) -> tuple[dict[st
     return graphs, weights
 
 
-def rewrite(graphs: Mapping[str, ir.Model], settings: Settings, source: Source, weights: CheckpointWeights) -> None:
-    """Runs the passes on the traced graphs, in place."""
+def prune(graphs: Mapping[str, ir.Model], settings: Settings, source: Source) -> None:
+    """Prunes vision tokens behind the projector, in place, and turns weights as MatMul reads them."""
     recipe = settings.recipe
     for graph in graphs.values():
         FoldWeightTransposes()(graph)
-    if settings.tokens_kept < source.plan.vision_tokens:
-        prune = PruneVisionTokens(
-            at="image_features",
-            tokens=settings.tokens_kept,
-            semantic=settings.semantic,
-            alpha=recipe.alpha,
-            group_size=settings.group_size,
-            score_input=recipe.score_input,
-            seed=recipe.seed,
-            select=recipe.select,
-        )
-        prune(graphs["vision_encoder"])
-    else:
+    if settings.tokens_kept == source.plan.vision_tokens:
         KeepAllTokens(at="image_features")(graphs["vision_encoder"])
-    schemes = _schemes(recipe)
-    if schemes:
-        refused = PlaceQdq(settings.group_size, schemes)(graphs["decoder"]).refused
-        if refused:
-            raise QavpError(f"{refused[0].node_name} cannot be quantized: {refused[0].reason}; use --recipe none")
-    for graph in graphs.values():
-        StoreHalf(_stored_dtypes(graph, weights))(graph)
-
-
-def _schemes(recipe: Recipe) -> list[tuple[str, Scheme]]:
-    schemes = []
-    if recipe.lm_head == "w8a16":
-        schemes.append(("/lm_head/*", W8A16))
-    if recipe.decoder == "w4a4":
-        schemes.append(("/model/layers.*", W4A4))
-    return schemes
+        return
+    PruneVisionTokens(
+        at="image_features",
+        tokens=settings.tokens_kept,
+        semantic=settings.semantic,
+        alpha=recipe.alpha,
+        group_size=settings.group_size,
+        score_input=recipe.score_input,
+        seed=recipe.seed,
+        select=recipe.select,
+    )(graphs["vision_encoder"])
 
 
 def _parameters(graphs: Mapping[str, ir.Model]) -> dict[str, tuple[int, ...]]:
@@ -198,29 +210,17 @@ def _parameters(graphs: Mapping[str, ir.Model]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _stored_dtypes(graph: ir.Model, weights: CheckpointWeights) -> dict[str, ir.DataType]:
+def _stored_dtypes(graph: ir.Model, weights: CheckpointWeights, rotated: Collection[str]) -> dict[str, ir.DataType]:
+    # What was rotated has digits that 16 bits do not hold.
     return {
         name: weights.stored_dtype(value.metadata_props[PARAMETER])
         for name, value in graph.graph.initializers.items()
-        if PARAMETER in value.metadata_props and value.dtype == ir.DataType.FLOAT
+        if PARAMETER in value.metadata_props and value.dtype == ir.DataType.FLOAT and name not in rotated
     }
 
 
-def _quantized_layers(decoder: ir.Model) -> list[QuantizedLayer]:
-    """Returns the decoder's linear layers under their Hugging Face names."""
-    layers = []
-    for layer in realized_precision(decoder):
-        parameter = decoder.graph.initializers[layer.weight].metadata_props[PARAMETER]
-        layers.append(QuantizedLayer(parameter.removesuffix(".weight"), layer.precision, layer.activation))
-    return layers
-
-
-def _manifest(
-    source: Source,
-    settings: Settings,
-    components: dict[str, Component],
-    graphs: Mapping[str, ir.Model],
-) -> Manifest:
+def describe(source: Source, settings: Settings) -> Manifest:
+    """Returns what the manifest says before anything has been written."""
     plan, tokenizer = source.plan, source.tokenizer
     eos = _token_ids(source, "eos_token_id", tokenizer.eos_token_id)
     pad = _token_ids(source, "pad_token_id", tokenizer.pad_token_id)
@@ -245,15 +245,51 @@ def _manifest(
             eos_token_ids=eos,
             pad_token_id=(pad or eos or [0])[0],
         ),
-        components=components,
+        components={},
+        precision={},
+        weight_error={},
+        calibration=None,
+        checkpoint_bytes=source.checkpoint.total_bytes,
+        checkpoint_quantization=None,
+        parity={},
+        versions=_versions(),
+    )
+
+
+def _write(
+    writer: BundleWriter,
+    manifest: Manifest,
+    component: str,
+    graphs: Mapping[str, ir.Model],
+    weights: CheckpointWeights,
+    progress: Progress,
+    rotated: Collection[str] = (),
+) -> None:
+    """Writes one graph, weight by weight, and enters it in the manifest."""
+    graph = graphs[component]
+    StoreHalf(_stored_dtypes(graph, weights, rotated))(graph)
+    stage = _stage(progress, f"write {component}")
+    manifest.components[component] = writer.write_graph(component, graph, stage)
+
+
+def _with_results(
+    manifest: Manifest,
+    graphs: Mapping[str, ir.Model],
+    quantized: Quantization,
+    weights: CheckpointWeights,
+    drawn: CalibrationSet | None,
+) -> Manifest:
+    """Returns the manifest with what was measured while the graphs were written."""
+    return dataclasses.replace(
+        manifest,
         precision={
             f"{component}:{layer.node}": layer.precision
             for component, graph in graphs.items()
             for layer in realized_precision(graph)
         },
-        checkpoint_bytes=source.checkpoint.total_bytes,
-        parity={},
-        versions=_versions(),
+        weight_error=quantized.errors(),
+        calibration=None if drawn is None else drawn.describe() | {"sensitivity": dict(quantized.sensitivity)},
+        checkpoint_quantization=None if weights.prequantized is None else weights.prequantized.describe(),
     )
 
 

@@ -3,79 +3,197 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any, Literal
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qavp_export.errors import RecipeError
 from qavp_export.numerics.score import ScoreInput
 from qavp_export.numerics.select import Select
 from qavp_export.numerics.semantic import Scorer
 
+Precision: TypeAlias = Literal["w4a4", "w4a8", "w4a16", "w8a8", "w8a16", "float"]
+
+DEFAULT_PRESET = "rotate"
+# The order of `--list-recipes`.
+PRESETS = ("rtn", "rotate", "gptq", "auto", "w4a8", "w4a16", "w8a8", "none")
+
+_RECIPE_LIMIT = 1_000_000
+
 
 class Recipe(BaseModel):
     """Everything that shapes the result; the same recipe and checkpoint give byte-identical graphs and weights.
 
-    Attributes:
-        name: The preset that the recipe started from.
-        keep: Fraction of vision tokens kept, in (0, 1]; k = max(1, floor(keep * N + 0.5)).
-        semantic: Semantic scorer; None takes the family's default.
-        alpha: Weight of semantic relevance against quantization sensitivity, in [0, 1] (QAPruner, eq. for S).
-        score_input: `raw` scores the projected tokens as they are (the paper), `rms` divides each by its root mean
-            square first, which is what the decoder's quantizers see.
-        select: Selection rule: `topk` takes the k highest scores.
-        positions: `contiguous` numbers the shortened prompt 0, 1, 2, ... (the paper); `original` keeps each token's
-            position in the unpruned prompt.
-        seed: Seed of the `random` scorer.
-        group_size: Channels that share a scale, in the score and in the decoder; None takes the largest of 128,
-            64, 32, 16 that divides every channel count.
-        decoder: Precision of the decoder's linear layers: `w4a4` (two-level 4-bit weights and activations) or `float`.
-        lm_head: Precision of the output projection: `w8a16` (8-bit weights, float activations) or `float`.
+    Each field says what it is; `qavp-export --list-recipes` prints that.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = "rtn"
-    keep: float = Field(default=0.125, gt=0, le=1)
-    semantic: Scorer | None = None
-    alpha: float = Field(default=0.5, ge=0, le=1)
-    score_input: ScoreInput = "raw"
-    select: Select = "topk"
-    positions: Literal["contiguous", "original"] = "contiguous"
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    group_size: int | None = Field(default=None, ge=8, le=1024)
-    decoder: Literal["w4a4", "float"] = "w4a4"
-    lm_head: Literal["w8a16", "float"] = "w8a16"
+    name: str = Field(default=DEFAULT_PRESET, description="The preset that the recipe started from.")
+    keep: float = Field(
+        default=0.125,
+        gt=0,
+        le=1,
+        description="Fraction of vision tokens kept, in (0, 1]; k = max(1, floor(keep * N + 0.5)).",
+    )
+    semantic: Scorer | None = Field(default=None, description="Semantic scorer; null takes the family's default.")
+    alpha: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Weight of semantic relevance against quantization sensitivity (QAPruner, equation for S).",
+    )
+    score_input: ScoreInput = Field(
+        default="raw",
+        description="raw scores the projected tokens as they are (the paper); rms divides each by its root mean "
+        "square, which is what the decoder's quantizers see.",
+    )
+    select: Select = Field(default="topk", description="Selection rule: topk takes the k highest scores.")
+    positions: Literal["contiguous", "original"] = Field(
+        default="contiguous",
+        description="contiguous numbers the shortened prompt 0, 1, 2, ... (the paper); original keeps each token's "
+        "position in the unpruned prompt.",
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**31,
+        description="Seed of the random scorer, the rotations' signs and the calibration draw.",
+    )
+    group_size: int | None = Field(
+        default=None,
+        ge=8,
+        le=1024,
+        description="Channels that share a scale, in the score and in the decoder; null takes the largest of 128, 64, "
+        "32, 16 that divides every channel count.",
+    )
+    decoder: Precision = Field(
+        default="w4a4",
+        description="Precision of the decoder's linear layers, bits of weights and activations: w4a4, w4a8, w4a16, "
+        "w8a8, w8a16 or float.",
+    )
+    lm_head: Precision = Field(default="w8a16", description="Precision of the output projection.")
+    keep_precision: dict[str, Precision] = Field(
+        default_factory=dict,
+        description="Precision of layers by a pattern over their Hugging Face names, for example "
+        "{layers.0.mlp.down_proj: w8a8}; the first match wins over decoder and lm_head.",
+    )
+    format: Literal["int", "nvfp4"] = Field(
+        default="int",
+        description="int stores integers with group scales; nvfp4 stores FP4 with FP8 scales per 16 channels, for "
+        "NVIDIA GPUs of compute capability 10 and up.",
+    )
+    scales: Literal["two-level", "one-level"] = Field(
+        default="two-level",
+        description="Group scales of 4-bit tensors: integer multiples of one step per vector, which lets a layer run "
+        "as one integer product, or one float per group.",
+    )
+    rotation: Literal["hadamard", "none"] = Field(
+        default="hadamard", description="Hadamard rotations of the decoder that spread outlier channels (QuaRot)."
+    )
+    algorithm: Literal["rtn", "gptq"] = Field(
+        default="rtn",
+        description="How weights are rounded: to the nearest code, or by GPTQ on calibration prompts.",
+    )
+    clip_search: bool = Field(
+        default=True, description="Choose 4-bit weight scales for the least squared error, not the largest value."
+    )
+    calibration_samples: int = Field(
+        default=128, ge=1, le=100_000, description="Most prompts that are drawn for calibration."
+    )
+    damping: float = Field(
+        default=0.01,
+        gt=0,
+        le=1,
+        description="GPTQ: share of the Hessian's mean diagonal that is added to its diagonal.",
+    )
+    size_budget: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Raise the layers that lose most on the calibration prompts to 8 bit, as long as the decoder's "
+        "weights grow by at most this fraction; null raises none.",
+    )
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.format == "nvfp4" and (self.decoder != "w4a4" or self.algorithm != "rtn" or self.needs_calibration):
+            raise ValueError("format nvfp4 goes with decoder w4a4, algorithm rtn and no size_budget")
+        if self.size_budget is not None and not self.decoder.startswith("w4"):
+            raise ValueError("size_budget raises 4-bit layers: it goes with decoder w4a4, w4a8 or w4a16")
+        if self.algorithm == "gptq" and not self.decoder.startswith("w4"):
+            raise ValueError("algorithm gptq rounds 4-bit weights: it goes with decoder w4a4, w4a8 or w4a16")
+        return self
 
-# What each preset sets; a field that it leaves out keeps its default.
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "rtn": MappingProxyType({"decoder": "w4a4", "lm_head": "w8a16"}),
-        "none": MappingProxyType({"decoder": "float", "lm_head": "float"}),
-    }
-)
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether an export runs calibration prompts."""
+        return self.algorithm == "gptq" or self.size_budget is not None
 
 
 def make_recipe(preset: str, overrides: Mapping[str, Any]) -> Recipe:
     """Builds a recipe from a preset and the fields that the user set.
 
     Args:
-        preset: A key of `PRESETS`.
+        preset: One of `PRESETS`, or the path of a YAML file like theirs.
         overrides: Recipe fields; a None value counts as not set.
 
     Raises:
         RecipeError: Unknown preset or field, or a value out of range; the message names the first field at fault.
     """
-    if preset not in PRESETS:
-        raise RecipeError(f"unknown recipe {preset!r}; choose one of {', '.join(PRESETS)}")
-    fields = {"name": preset} | dict(PRESETS[preset])
+    fields = read_preset(preset)
+    fields.pop("description", None)
     fields |= {key: value for key, value in overrides.items() if value is not None}
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        message = first["msg"][:1].lower() + first["msg"][1:]
+        message = first["msg"].removeprefix("Value error, ")
+        if not field:
+            raise RecipeError(message) from error
+        message = message[:1].lower() + message[1:]
         raise RecipeError(f"{field} = {first['input']!r} is not valid: {message}") from error
+
+
+def describe_fields() -> dict[str, dict[str, Any]]:
+    """Returns default and meaning of every recipe field, as JSON values."""
+    described = {}
+    for name, field in Recipe.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        described[name] = {"default": default, "meaning": field.description}
+    return described
+
+
+def read_preset(preset: str) -> dict[str, Any]:
+    """Reads what a preset or a recipe file sets, `name` included.
+
+    Raises:
+        RecipeError: There is none of that name, or it is not a YAML mapping.
+    """
+    if preset in PRESETS:
+        text, name = files("qavp_export.presets").joinpath(f"{preset}.yaml").read_text(encoding="utf-8"), preset
+    else:
+        path = Path(preset)
+        if path.suffix not in (".yaml", ".yml"):
+            raise RecipeError(f"unknown recipe {preset!r}; choose one of {', '.join(PRESETS)}, or give a .yaml file")
+        text, name = _read(path), path.stem
+    try:
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {preset} is not valid YAML ({' '.join(str(error).split())}); correct it") from error
+    if not isinstance(fields, dict):
+        raise RecipeError(f"recipe {preset} is not a mapping of fields; see qavp-export --list-recipes")
+    return {"name": name} | fields
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > _RECIPE_LIMIT:
+            raise RecipeError(f"recipe {path} is larger than {_RECIPE_LIMIT} bytes; that is no recipe")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read ({error}); check the path") from error

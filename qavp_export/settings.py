@@ -59,11 +59,11 @@ def settle(recipe: Recipe, family: Family, plan: Plan) -> Settings:
 
 
 def _group_size(recipe: Recipe, plan: Plan) -> int:
-    scored = recipe.keep < 1
-    quantized = recipe.decoder == "w4a4" or recipe.lm_head == "w8a16"
-    channels = {plan.hidden_size} if scored or quantized else set()
-    if recipe.decoder == "w4a4":
-        channels |= {plan.intermediate_size, plan.num_attention_heads * plan.head_dim}
+    rotated = recipe.rotation != "none"
+    precisions = {recipe.decoder, *recipe.keep_precision.values()}
+    channels = {plan.hidden_size} if recipe.keep < 1 or recipe.lm_head != "float" or rotated else set()
+    if rotated or precisions != {"float"}:
+        channels |= {plan.hidden_size, plan.intermediate_size, plan.num_attention_heads * plan.head_dim}
     if recipe.group_size is None:
         return largest_group_size(channels)
     for count in sorted(channels):

@@ -16,12 +16,17 @@ from qavp_export.cli.common import run_command
 from qavp_export.cli.options import (
     AlphaOption,
     AsJsonOption,
+    CalibrationOption,
+    CalibrationSamplesOption,
     DebugOption,
     DryRunOption,
     ForceOption,
+    FormatOption,
     GroupSizeOption,
     KeepOption,
+    KeepPrecisionOption,
     ListModelsOption,
+    ListRecipesOption,
     ModelOption,
     OfflineOption,
     OutputOption,
@@ -31,10 +36,12 @@ from qavp_export.cli.options import (
     ScoreInputOption,
     SeedOption,
     SemanticOption,
+    SizeBudgetOption,
     VerifyOption,
     VersionOption,
 )
 from qavp_export.errors import InputError
+from qavp_export.recipe import DEFAULT_PRESET
 
 _EPILOG = (
     "Example: qavp-export --model llava-1.5-7b --keep 0.125 -o llava-w4a4, then "
@@ -54,7 +61,12 @@ def export_command(
     model: ModelOption = None,
     keep: KeepOption = None,
     output: OutputOption = None,
-    recipe: RecipeOption = "rtn",
+    recipe: RecipeOption = DEFAULT_PRESET,
+    format_: FormatOption = None,
+    keep_precision: KeepPrecisionOption = None,
+    calibration: CalibrationOption = None,
+    calibration_samples: CalibrationSamplesOption = None,
+    size_budget: SizeBudgetOption = None,
     semantic: SemanticOption = None,
     alpha: AlphaOption = None,
     score_input: ScoreInputOption = None,
@@ -67,6 +79,7 @@ def export_command(
     dry_run: DryRunOption = False,
     verify: VerifyOption = None,
     list_models: ListModelsOption = False,
+    list_recipes: ListRecipesOption = False,
     version: VersionOption = False,
     as_json: AsJsonOption = False,
     debug: DebugOption = False,
@@ -77,6 +90,8 @@ def export_command(
         typer.echo(qavp_export.__version__)
     elif list_models:
         _list_models(as_json)
+    elif list_recipes:
+        _list_recipes(as_json)
     elif verify is not None:
         _verify(verify, as_json)
     elif model is None:
@@ -90,12 +105,16 @@ def export_command(
             "positions": positions,
             "seed": seed,
             "group_size": group_size,
+            "format": format_,
+            "keep_precision": _parse_precisions(keep_precision),
+            "calibration_samples": calibration_samples,
+            "size_budget": size_budget,
         }
         origin = _Origin(model, revision, offline)
         if dry_run:
             _dry_run(origin, recipe, overrides, as_json)
         else:
-            _export(origin, recipe, overrides, output, force=force, as_json=as_json)
+            _export(origin, recipe, overrides, output, calibration, force=force, as_json=as_json)
 
 
 @dataclass(frozen=True)
@@ -120,11 +139,24 @@ class _Origin:
         ).folder
 
 
+def _parse_precisions(options: list[str] | None) -> dict[str, str] | None:
+    if not options:
+        return None
+    parsed: dict[str, str] = {}
+    for option in options:
+        pattern, equals, precision = option.rpartition("=")
+        if not equals or not pattern:
+            raise InputError(f"--keep-precision {option!r} is not PATTERN=PRECISION, like layers.0.mlp.down_proj=w8a8")
+        parsed[pattern] = precision
+    return parsed
+
+
 def _export(
     origin: _Origin,
     preset: str,
     overrides: dict[str, Any],
     output: Path | None,
+    calibration: Path | None,
     *,
     force: bool,
     as_json: bool,
@@ -142,7 +174,7 @@ def _export(
     from qavp_export.pipeline import export
 
     with ProgressBars(enabled=not as_json) as bars:
-        manifest = export(folder, recipe, target, name=name, force=force, progress=bars.update)
+        manifest = export(folder, recipe, target, name=name, force=force, progress=bars.update, calibration=calibration)
     if as_json:
         typer.echo(json.dumps(summary(manifest, target)))
     else:
@@ -175,7 +207,18 @@ def _verify(bundle: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"bundle": str(bundle), "files": len(manifest.files), "valid": True}))
     else:
-        typer.echo(f"{bundle} is valid: {len(manifest.files)} files unchanged, {len(manifest.components)} graphs load")
+        typer.echo(f"{bundle} is valid: {len(manifest.files)} files unchanged, {len(manifest.components)} valid graphs")
+
+
+def _list_recipes(as_json: bool) -> None:
+    from qavp_export.cli.report import print_recipes
+    from qavp_export.recipe import PRESETS, describe_fields, read_preset
+
+    presets = {name: read_preset(name) for name in PRESETS}
+    if as_json:
+        typer.echo(json.dumps({"recipes": presets, "fields": describe_fields(), "default": DEFAULT_PRESET}))
+    else:
+        print_recipes(presets, describe_fields())
 
 
 def _list_models(as_json: bool) -> None:

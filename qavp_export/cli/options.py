@@ -14,7 +14,34 @@ KeepOption = Annotated[float | None, typer.Option(help="Fraction of vision token
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", help="Bundle folder. [default: MODEL-keepKEEP-RECIPE]")
 ]
-RecipeOption = Annotated[str, typer.Option(help="Preset: rtn (W4A4, rounding to nearest) or none (no quantization).")]
+RecipeOption = Annotated[
+    str, typer.Option(help="A name from --list-recipes, or a YAML file like those.", metavar="NAME|FILE")
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--format", help="int (integers, any CPU and GPU) or nvfp4 (NVIDIA compute capability 10+). [default: int]"
+    ),
+]
+KeepPrecisionOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN=PRECISION",
+        help="Precision of layers whose name ends with a pattern: layers.0.mlp.down_proj=w8a8; repeatable.",
+    ),
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Image prompts for recipes gptq and auto: a .jsonl file or a folder of images. [default: the demo's]",
+    ),
+]
+CalibrationSamplesOption = Annotated[int | None, typer.Option(help="Most calibration prompts to draw. [default: 128]")]
+SizeBudgetOption = Annotated[
+    float | None,
+    typer.Option(help="Raise the most sensitive layers to 8 bit while the decoder grows by at most this fraction."),
+]
 SemanticOption = Annotated[
     str | None, typer.Option(help="Semantic scorer: cls, received, norm or random. [default: the family's]")
 ]
@@ -28,7 +55,9 @@ ScoreInputOption = Annotated[
 PositionsOption = Annotated[
     str | None, typer.Option(help="Position ids of the shortened prompt: contiguous or original. [default: contiguous]")
 ]
-SeedOption = Annotated[int | None, typer.Option(help="Seed of the random scorer. [default: 0]")]
+SeedOption = Annotated[
+    int | None, typer.Option(help="Seed of random scorer, rotations, calibration draw. [default: 0]")
+]
 GroupSizeOption = Annotated[
     int | None, typer.Option(help="Channels that share a scale. [default: largest of 128..16 that fits]")
 ]
@@ -42,6 +71,9 @@ VerifyOption = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Check every hash and graph of a bundle, and exit.")
 ]
 ListModelsOption = Annotated[bool, typer.Option("--list-models", help="List families and short names, and exit.")]
+ListRecipesOption = Annotated[
+    bool, typer.Option("--list-recipes", help="List recipes and what each field means, and exit.")
+]
 VersionOption = Annotated[bool, typer.Option("--version", help="Print the version, and exit.")]
 AsJsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and no progress.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -92,6 +93,9 @@ def summary(manifest: Manifest, bundle: Path) -> dict[str, Any]:
         "vision_tokens": {"before": manifest.vision_tokens.before, "after": manifest.vision_tokens.after},
         "recipe": manifest.recipe,
         "decoder_linears": dict(Counter(decoder)),
+        "weight_error": _error_summary(manifest.weight_error),
+        "calibration": manifest.calibration,
+        "checkpoint_quantization": manifest.checkpoint_quantization,
         "checkpoint_bytes": manifest.checkpoint_bytes,
         "bundle_bytes": sum(entry.bytes for entry in manifest.files),
         "component_bytes": sizes,
@@ -109,6 +113,10 @@ def print_summary(manifest: Manifest, bundle: Path, title: str) -> None:
     table.add_row("vision tokens", f"{tokens.before} -> {tokens.after} per image ({pruned})")
     linears = ", ".join(f"{count} at {name}" for name, count in facts["decoder_linears"].items())
     table.add_row("decoder linears", f"{linears} (group size {recipe['group_size']})")
+    if facts["weight_error"] is not None:
+        table.add_row("weight error", _error_line(facts["weight_error"], manifest.checkpoint_quantization))
+    if manifest.calibration is not None:
+        table.add_row("calibrated on", f"{manifest.calibration['prompts']} prompts of {manifest.calibration['data']}")
     table.add_row("size", f"{megabytes(manifest.checkpoint_bytes)} -> {megabytes(facts['bundle_bytes'])}")
     for component, count in facts["component_bytes"].items():
         table.add_row(f"  {component}/{GRAPH_NAME}", megabytes(count))
@@ -122,7 +130,8 @@ def print_estimate(plan: Estimate, model: str) -> None:
     table = _facts_table(f"plan for {model} (nothing was written, no weight was read)")
     table.add_row("vision tokens", f"{plan.vision_tokens_before} -> {plan.vision_tokens_after} per image")
     table.add_row("semantic scorer", plan.semantic)
-    table.add_row("decoder", f"{plan.decoder_layers} layers, {plan.quantized_linears} linear layers at w4a4")
+    linears = ", ".join(f"{count} at {name}" for name, count in plan.linears.items())
+    table.add_row("decoder", f"{plan.decoder_layers} layers; linear layers: {linears}")
     table.add_row("group size", str(plan.group_size))
     table.add_row("parameters", f"{plan.parameters / 1e6:,.1f} M")
     table.add_row("size", f"{megabytes(plan.checkpoint_bytes)} -> about {megabytes(plan.bundle_bytes)}")
@@ -141,6 +150,37 @@ def _facts_table(title: str) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     return table
+
+
+def print_recipes(presets: Mapping[str, Mapping[str, Any]], fields: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints the presets and what the fields of a recipe mean."""
+    console = Console()
+    table = Table("recipe", "what it does", "sets", title="Recipes", title_justify="left", box=None)
+    for name, preset in presets.items():
+        sets = ", ".join(f"{key} {value}" for key, value in preset.items() if key not in ("name", "description"))
+        table.add_row(name, str(preset["description"]), sets)
+    console.print(table)
+    table = Table(
+        "field", "default", "meaning", title="\nFields (of a YAML recipe file)", title_justify="left", box=None
+    )
+    for name, field in fields.items():
+        table.add_row(name, str(field["default"]), str(field["meaning"]))
+    console.print(table)
+
+
+def _error_summary(errors: Mapping[str, float]) -> dict[str, Any] | None:
+    """Returns mean and worst of the layers' relative errors; None if no weight was rounded."""
+    if not errors:
+        return None
+    worst = max(errors, key=lambda layer: errors[layer])
+    return {"mean": sum(errors.values()) / len(errors), "worst": errors[worst], "worst_layer": worst}
+
+
+def _error_line(error: Mapping[str, Any], checkpoint: Mapping[str, Any] | None) -> str:
+    line = f"mean {error['mean']:.1%}, worst {error['worst']:.1%} ({error['worst_layer']})"
+    if checkpoint is None:
+        return line
+    return f"{line}, added to that of the checkpoint's own {checkpoint['method']} {checkpoint['bits']} bit"
 
 
 def _parity_line(parity: dict[str, Any]) -> str:

@@ -4,63 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import AutoModelForImageTextToText
-from transformers.utils import logging as transformers_logging
 
 from qavp_export.engines import FloatArray, IntArray
 from qavp_export.families import Plan
 from qavp_export.numerics.score import hybrid_token_score
 from qavp_export.numerics.select import select_topk
 from qavp_export.numerics.semantic import norm_relevance, random_relevance
-from qavp_export.numerics.two_level import quantize_grouped_8bit, quantize_two_level
+from qavp_export.parity.layers import Agreement, DecoderLayer, LayerFolder, LayerHooks
+from qavp_export.parity.loading import load_reference
 from qavp_export.parity.prompts import Prompts
 from qavp_export.settings import Settings
-
-
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """One quantized linear layer of the exported decoder.
-
-    Attributes:
-        module: Its name in the Hugging Face model.
-        precision: Its realized precision, for example `w4a4`.
-        activation: Name of the graph's value that holds its quantized input; None if its input is float.
-    """
-
-    module: str
-    precision: str
-    activation: str | None
-
-
-@dataclass
-class CodeAgreement:
-    """How the graph's 4-bit activations compare with the reference's, over tokens that are not padding.
-
-    Attributes:
-        compared: Activations compared.
-        differing: Activations that are off by a code: float rounding moved them across a rounding boundary.
-        worst: Largest distance, in steps of the reference's grid.
-    """
-
-    compared: int = 0
-    differing: int = 0
-    worst: float = 0.0
-
-    def add(self, own: FloatArray, graph: FloatArray, scales: FloatArray, valid: IntArray) -> None:
-        """Counts one layer's activations `[B,S,K]`, with scales `[B,S,K/G]` and `valid [B,S]`."""
-        rows = valid.astype(bool)
-        steps = np.repeat(scales, own.shape[-1] // scales.shape[-1], axis=-1)[rows]
-        distance = np.abs(own - graph)[rows] / np.where(steps > 0, steps, np.float32(1))
-        self.compared += distance.size
-        self.differing += int((distance > 0.5).sum())
-        self.worst = max(self.worst, float(distance.max(initial=0)))
 
 
 class Reference:
@@ -70,16 +28,24 @@ class Reference:
         checkpoint: The checkpoint folder.
         plan: The model's sizes.
         settings: The recipe, with every choice made.
-        layers: The decoder's quantized linear layers.
+        layers: The decoder's linear layers.
+        graph: The decoder's graph; the reference goes on with its weights once they have been compared.
+
+    Attributes:
+        weights: The comparison of the weights.
+        activations: How the quantized activations compare, once `decode` has run.
     """
 
-    def __init__(self, checkpoint: Path, plan: Plan, settings: Settings, layers: list[QuantizedLayer]) -> None:
-        self._model = _load(checkpoint)
+    def __init__(
+        self, checkpoint: Path, plan: Plan, settings: Settings, layers: list[DecoderLayer], graph: Path
+    ) -> None:
+        self._model: Any = load_reference(checkpoint)
         self._plan = plan
         self._settings = settings
         self._layers = layers
-        for layer in layers:
-            _fake_quantize_weight(self._model.get_submodule(layer.module), layer.precision, settings.group_size)
+        self.activations = Agreement()
+        self.weights = LayerFolder(self._model, settings, graph)
+        self.weights.fold(layers)
 
     def vision(self, pixels: FloatArray) -> tuple[IntArray, FloatArray, FloatArray]:
         """Returns kept indices `[B,k]`, scores `[B,N]` and unpruned features `[B,N,D]`."""
@@ -123,7 +89,7 @@ class Reference:
         prompts: Prompts,
         features: FloatArray,
         observed: Mapping[str, tuple[FloatArray, FloatArray]],
-    ) -> tuple[FloatArray, CodeAgreement]:
+    ) -> FloatArray:
         """Runs a prefill and one more token on its cache, in step with the graph's quantized activations.
 
         Args:
@@ -132,10 +98,10 @@ class Reference:
             observed: The graph's quantized activations by value name, for both steps.
 
         Returns:
-            Logits `[B,S+1,V]`, and how the quantized activations compare.
+            Logits `[B,S+1,V]`.
         """
-        text, agreement = self._model.model.language_model, CodeAgreement()
-        with torch.no_grad(), self._quantized_inputs(prompts, observed, agreement):
+        text = self._model.model.language_model
+        with torch.no_grad(), self._hooks(prompts, observed):
             ids, next_ids = torch.from_numpy(prompts.ids), torch.from_numpy(prompts.next_ids)
             embeds = text.embed_tokens(ids)
             embeds[ids == self._plan.image_token_id] = torch.from_numpy(features).reshape(-1, features.shape[-1])
@@ -154,77 +120,19 @@ class Reference:
             )
             hidden = torch.cat([prefill.last_hidden_state, step.last_hidden_state], dim=1)
             logits: FloatArray = self._model.lm_head(hidden).numpy()
-        return logits, agreement
+        return logits
 
     @contextmanager
-    def _quantized_inputs(
-        self,
-        prompts: Prompts,
-        observed: Mapping[str, tuple[FloatArray, FloatArray]],
-        agreement: CodeAgreement,
-    ) -> Iterator[None]:
+    def _hooks(self, prompts: Prompts, observed: Mapping[str, tuple[FloatArray, FloatArray]]) -> Iterator[None]:
         valid = (prompts.mask, np.ones_like(prompts.next_ids))
         handles = []
         for layer in self._layers:
-            if layer.activation is not None:
-                steps = iter(zip(observed[layer.activation], valid, strict=True))
-                hook = _QuantizeInput(steps, self._settings.group_size, agreement)
-                handles.append(self._model.get_submodule(layer.module).register_forward_pre_hook(hook))
+            steps = zip(observed[layer.activation], valid, strict=True) if layer.activation is not None else ()
+            hooks = LayerHooks(layer, self._settings, iter(steps), self.activations)
+            module = self._model.get_submodule(layer.module)
+            handles += [module.register_forward_pre_hook(hooks.before), module.register_forward_hook(hooks.after)]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-
-class _QuantizeInput:
-    """Forward pre-hook: compares a layer's quantized input with the graph's, and goes on with the graph's."""
-
-    def __init__(self, steps: Iterator[tuple[FloatArray, IntArray]], group_size: int, agreement: CodeAgreement) -> None:
-        self._steps = steps
-        self._group_size = group_size
-        self._agreement = agreement
-
-    def __call__(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        own = quantize_two_level(args[0].numpy(), self._group_size)
-        graph, valid = next(self._steps)
-        self._agreement.add(own.dequantize(), graph, own.scales(), valid)
-        return (torch.from_numpy(graph),)
-
-
-def _load(checkpoint: Path) -> Any:
-    auto: Any = AutoModelForImageTextToText
-    with _no_progress_bar():
-        return auto.from_pretrained(
-            checkpoint,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        ).eval()
-
-
-def _fake_quantize_weight(layer: Any, precision: str, group_size: int) -> None:
-    weight = layer.weight.detach().numpy()
-    if precision == "w4a4":
-        values = quantize_two_level(weight, group_size).dequantize()
-    elif precision == "w8a16":
-        values = quantize_grouped_8bit(weight, group_size).dequantize()
-    else:
-        return
-    # A new parameter, not an assignment into the old: an embedding table may share it.
-    layer.weight = nn.Parameter(torch.from_numpy(values), requires_grad=False)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    # transformers' own bar would be drawn over the export's.
-    logging: Any = transformers_logging
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()

@@ -1,0 +1,316 @@
+"""Quantizes the decoder as a recipe says: rotations, a scheme for each layer, Q/DQ nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qavp_export.calibration import CalibrationSet
+from qavp_export.calibration.gptq import GptqCalibration
+from qavp_export.calibration.prompts import embed_prompts
+from qavp_export.calibration.sensitivity import Sensitivity, choose_raised, measure_sensitivity
+from qavp_export.calibration.stored import StoredWeights
+from qavp_export.calibration.walk import Walk
+from qavp_export.errors import GraphError, QavpError, RecipeError
+from qavp_export.manifest import Manifest
+from qavp_export.numerics.gptq import GptqSettings
+from qavp_export.parity import DecoderLayer
+from qavp_export.passes import (
+    SCHEMES,
+    LayerRotation,
+    PlaceNvfp4,
+    PlaceQdq,
+    RewriteResult,
+    Rotate,
+    RoundWeights,
+    Scheme,
+    WeightQuantizer,
+    by_output_channel,
+    linear_layers,
+    realized_precision,
+)
+from qavp_export.recipe import Precision, Recipe
+from qavp_export.settings import Settings
+from qavp_export.tracing import PARAMETER
+
+HEAD = "lm_head"
+# Where a recipe with a size budget raises its most sensitive layers to.
+_RAISED: Mapping[Precision, Precision] = MappingProxyType({"w4a4": "w8a8", "w4a8": "w8a8", "w4a16": "w8a16"})
+
+
+@dataclass(frozen=True)
+class DecoderLinear:
+    """One linear layer of the decoder.
+
+    Attributes:
+        node: Name of its MatMul node.
+        module: Its name in the Hugging Face model.
+        weight: Its float weight `[K,N]`, as an initializer whose tensor is lazy.
+    """
+
+    node: str
+    module: str
+    weight: ir.Value
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What was done to the decoder.
+
+    Attributes:
+        layers: Its linear layers as the graph has them.
+        weights: Rounds the weights; they are rounded when the graph is written.
+        sensitivity: Measured loss of each layer at 4 bit by module name; empty if it was not measured.
+        linears: The layers as they were in float.
+    """
+
+    layers: list[DecoderLayer]
+    weights: RoundWeights
+    sensitivity: Mapping[str, float]
+    linears: list[DecoderLinear]
+
+    def read_weight(self, parameter: str, _: tuple[int, int]) -> npt.NDArray[np.float32]:
+        """Reads a decoder weight `[N,K]` as it was before quantization, rotations folded in."""
+        return by_output_channel(next(x.weight for x in self.linears if f"{x.module}.weight" == parameter))
+
+    def errors(self) -> dict[str, float]:
+        """Returns the relative error of each rounded weight by module name, once the graph has been written."""
+        modules = {layer.weight.removesuffix(".codes"): layer.module for layer in self.layers}
+        return {modules[weight]: error for weight, error in self.weights.errors.items()}
+
+    def rotated(self) -> set[str]:
+        """Returns the names of the initializers that hold rotated weights."""
+        return {layer.weight for layer in self.layers if layer.rotation.inputs or layer.rotation.output is not None}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the decoder is calibrated on.
+
+    Attributes:
+        prompts: The decoder's inputs for each prompt.
+        folder: A folder for what is kept on disk meanwhile.
+        progress: Called with the stage, layers done and layers in all.
+    """
+
+    prompts: Sequence[Mapping[str, npt.NDArray[Any]]]
+    folder: Path
+    progress: Callable[[str, int, int], None]
+
+    @classmethod
+    def of(
+        cls,
+        drawn: CalibrationSet,
+        bundle: Path,
+        manifest: Manifest,
+        folder: Path,
+        progress: Callable[[str, int, int], None],
+    ) -> Calibration:
+        """Embeds prompts with the bundle's vision encoder and embedding; see `embed_prompts`.
+
+        Raises:
+            CalibrationError: A picture cannot be read, or a prompt does not fit the context.
+        """
+        prompts: list[Mapping[str, npt.NDArray[Any]]] = []
+        for prompt in embed_prompts(bundle, manifest, drawn.items):
+            progress("embed calibration prompts", len(prompts), len(drawn.items))
+            prompts.append(prompt)
+        return cls(prompts, folder, progress)
+
+    def walk(self, name: str, model: ir.Model) -> Walk:
+        """Starts a walk through a model on the prompts."""
+        folder = self.folder / name
+        folder.mkdir()
+        return Walk(model, self.prompts, folder)
+
+    def stage(self, name: str) -> Callable[[int, int], None]:
+        """Returns the progress of one stage."""
+        return lambda done, total: self.progress(name, done, total)
+
+
+def quantize(decoder: ir.Model, settings: Settings, calibration: Calibration | None) -> Quantization:
+    """Rotates and quantizes the decoder, in place. Weights stay lazy; GPTQ leaves its codes on disk.
+
+    Args:
+        decoder: The decoder's graph in float.
+        settings: The recipe, with every choice made.
+        calibration: The prompts; None if the recipe needs none.
+
+    Raises:
+        RecipeError: The recipe does not fit the decoder.
+        CalibrationError: The model overflows on the prompts.
+    """
+    recipe = settings.recipe
+    linears = decoder_linears(decoder)
+    rotations = rotate_decoder(decoder, settings)
+    precisions = choose_precisions(linears, recipe)
+    rounding = RoundWeights(clip_search=recipe.clip_search)
+    sensitivity: list[Sensitivity] = []
+    if calibration is not None and recipe.size_budget is not None:
+        sensitivity = _raise_sensitive(decoder, settings, precisions, calibration)
+    if calibration is not None and recipe.algorithm == "gptq":
+        _round_by_gptq(decoder, settings, precisions, rounding, calibration)
+    else:
+        place_quantizers(decoder, settings, precisions, rounding)
+    names = {linear.node: linear.module for linear in linears}
+    losses = {names[layer.node]: layer.error for layer in sensitivity}
+    return Quantization(_layers(decoder, linears, rotations), rounding, losses, linears)
+
+
+def _raise_sensitive(
+    decoder: ir.Model, settings: Settings, precisions: dict[str, Precision], calibration: Calibration
+) -> list[Sensitivity]:
+    """Measures the 4-bit layers and raises those that lose most, in `precisions`."""
+    recipe = settings.recipe
+    schemes = _four_bit(precisions, recipe)
+    measured = measure_sensitivity(
+        calibration.walk("sensitivity", decoder),
+        decoder,
+        schemes,
+        settings.group_size,
+        RoundWeights(clip_search=recipe.clip_search),
+        calibration.stage("measure sensitivity"),
+    )
+    for layer in choose_raised(measured, recipe.size_budget or 0):
+        precisions[layer.node] = _RAISED[precisions[layer.node]]
+    return measured
+
+
+def _round_by_gptq(
+    decoder: ir.Model,
+    settings: Settings,
+    precisions: Mapping[str, Precision],
+    rounding: RoundWeights,
+    calibration: Calibration,
+) -> None:
+    original = decoder.clone()
+    codes = calibration.folder / "codes"
+    codes.mkdir()
+    weights = StoredWeights(codes, rounding)
+    place_quantizers(decoder, settings, precisions, weights)
+    GptqCalibration(
+        decoder,
+        calibration.walk("quantized", decoder),
+        original,
+        calibration.walk("original", original),
+        weights,
+        settings.group_size,
+        GptqSettings(damping=settings.recipe.damping),
+    ).run(_four_bit(precisions, settings.recipe), calibration.stage("GPTQ"))
+
+
+def _four_bit(precisions: Mapping[str, Precision], recipe: Recipe) -> dict[str, Scheme]:
+    schemes = {node: _scheme(precision, recipe) for node, precision in precisions.items()}
+    return {node: scheme for node, scheme in schemes.items() if scheme is not None and scheme.weights == "int4"}
+
+
+def decoder_linears(decoder: ir.Model) -> list[DecoderLinear]:
+    """Returns the float linear layers of the decoder in graph order."""
+    return [
+        DecoderLinear(str(node.name), weight.metadata_props[PARAMETER].removesuffix(".weight"), weight)
+        for node, weight in linear_layers(decoder)
+        if PARAMETER in weight.metadata_props
+    ]
+
+
+def rotate_decoder(decoder: ir.Model, settings: Settings) -> Mapping[str, LayerRotation]:
+    """Rotates the decoder if the recipe says so.
+
+    Returns:
+        What was folded into each linear layer, by node name; empty without rotation.
+
+    Raises:
+        RecipeError: The decoder has a structure that rotations cannot be folded into.
+    """
+    if settings.recipe.rotation == "none":
+        return {}
+    try:
+        result = Rotate(settings.group_size, seed=settings.recipe.seed)(decoder)
+    except GraphError as error:
+        raise RecipeError(f"this decoder cannot be rotated: {error}; use --recipe rtn") from error
+    return result.layers
+
+
+def choose_precisions(linears: list[DecoderLinear], recipe: Recipe) -> dict[str, Precision]:
+    """Returns the precision of each linear layer, by node name.
+
+    Raises:
+        RecipeError: A pattern of `keep_precision` matches no layer.
+    """
+    chosen = {linear.node: precision_of(linear.module, recipe) for linear in linears}
+    unused = [
+        pattern for pattern in recipe.keep_precision if not any(matches(linear.module, pattern) for linear in linears)
+    ]
+    if unused:
+        raise RecipeError(
+            f"keep_precision {unused[0]!r} matches no linear layer of the decoder; its layers have names like "
+            f"{linears[0].module} and {linears[-1].module}"
+        )
+    return chosen
+
+
+def _layers(
+    decoder: ir.Model, linears: list[DecoderLinear], rotations: Mapping[str, LayerRotation]
+) -> list[DecoderLayer]:
+    modules = {linear.node: linear.module for linear in linears}
+    layers = []
+    for realized in realized_precision(decoder):
+        if realized.node in modules:
+            rotation = rotations.get(realized.node, LayerRotation())
+            gain = rotation.gain.metadata_props[PARAMETER] if rotation.gain is not None else None
+            module = modules[realized.node]
+            layers.append(
+                DecoderLayer(module, realized.precision, realized.activation, realized.weight, rotation, gain)
+            )
+    return layers
+
+
+def precision_of(module: str, recipe: Recipe) -> Precision:
+    """Returns the precision that a recipe asks for a linear layer of the decoder, by its Hugging Face name."""
+    for pattern, precision in recipe.keep_precision.items():
+        if matches(module, pattern):
+            return precision
+    return recipe.lm_head if module.split(".")[-1] == HEAD else recipe.decoder
+
+
+def matches(module: str, pattern: str) -> bool:
+    """Whether a glob is a module's name or an end of it: `layers.0.mlp.*` matches `model.layers.0.mlp.up_proj`."""
+    return fnmatchcase(module, pattern) or fnmatchcase(module, f"*.{pattern}")
+
+
+def place_quantizers(
+    decoder: ir.Model, settings: Settings, precisions: Mapping[str, Precision], quantizer: WeightQuantizer
+) -> None:
+    """Places the nodes that quantize weights and activations.
+
+    Raises:
+        QavpError: A layer cannot be quantized as its precision says; the message says why.
+    """
+    recipe = settings.recipe
+    fp4 = [node for node, precision in precisions.items() if recipe.format == "nvfp4" and precision == "w4a4"]
+    if fp4:
+        # Before the integers: a layer that is FP4 already is no plain MatMul any more.
+        _check(PlaceNvfp4(fp4)(decoder))
+    schemes = [(node, _scheme(precision, recipe)) for node, precision in precisions.items() if node not in fp4]
+    _check(PlaceQdq(settings.group_size, schemes, quantizer)(decoder))
+
+
+def _scheme(precision: Precision, recipe: Recipe) -> Scheme | None:
+    if precision == "float":
+        return None
+    scheme = SCHEMES[precision]
+    return Scheme(scheme.weights, scheme.activations, recipe.scales)
+
+
+def _check(result: RewriteResult) -> None:
+    if result.refused:
+        refusal = result.refused[0]
+        raise QavpError(f"{refusal.node_name} cannot be quantized: {refusal.reason}; use --recipe none")
