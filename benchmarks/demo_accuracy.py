@@ -31,14 +31,18 @@ from data import TYPES, Item, ShapesStream  # noqa: E402  # the example is a fol
 ARMS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "float, all tokens": ("none", {"keep": 1.0}),
-        "W4A4, all tokens": ("rtn", {"keep": 1.0}),
+        "W4A4 rtn, all tokens": ("rtn", {"keep": 1.0}),
+        "W4A4 rotate, all tokens": ("rotate", {"keep": 1.0}),
+        "W4A4 gptq, all tokens": ("gptq", {"keep": 1.0}),
         "float, hybrid": ("none", {"keep": 0.125}),
-        "W4A4, hybrid": ("rtn", {"keep": 0.125}),
-        "W4A4, hybrid on rms": ("rtn", {"keep": 0.125, "score_input": "rms"}),
-        "W4A4, hybrid with received": ("rtn", {"keep": 0.125, "semantic": "received"}),
-        "W4A4, semantic (cls) alone": ("rtn", {"keep": 0.125, "alpha": 1.0}),
-        "W4A4, sensitivity alone": ("rtn", {"keep": 0.125, "alpha": 0.0}),
-        "W4A4, random": ("rtn", {"keep": 0.125, "semantic": "random", "alpha": 1.0}),
+        "W4A4 rtn, hybrid": ("rtn", {"keep": 0.125}),
+        "W4A4 rotate, hybrid (default)": ("rotate", {"keep": 0.125}),
+        "W4A4 gptq, hybrid": ("gptq", {"keep": 0.125}),
+        "W4A4 rotate, hybrid on rms": ("rotate", {"keep": 0.125, "score_input": "rms"}),
+        "W4A4 rotate, hybrid with received": ("rotate", {"keep": 0.125, "semantic": "received"}),
+        "W4A4 rotate, semantic (cls) alone": ("rotate", {"keep": 0.125, "alpha": 1.0}),
+        "W4A4 rotate, sensitivity alone": ("rotate", {"keep": 0.125, "alpha": 0.0}),
+        "W4A4 rotate, random": ("rotate", {"keep": 0.125, "semantic": "random", "alpha": 1.0}),
     }
 )
 BATCH = 20

@@ -17,10 +17,12 @@ from typing import Any, NoReturn
 import numpy as np
 import onnx_ir as ir
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from qavp_export.cli.common import run_command
 from qavp_export.cli.export import app
+from qavp_export.cli.run import main as qavp_run
 from tests.models.tiny import TinySpec, make_llava
 
 # As transformers stores it.
@@ -106,7 +108,35 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "keep of zero": (lambda _: None, ["--keep", "0"], "keep = 0.0"),
     "keep above one": (lambda _: None, ["--keep", "1.5"], "keep = 1.5"),
     "unknown scorer": (lambda _: None, ["--semantic", "vibes"], "semantic = 'vibes'"),
-    "unknown recipe": (lambda _: None, ["--recipe", "magic"], "choose one of rtn, none"),
+    "unknown recipe": (lambda _: None, ["--recipe", "magic"], "choose one of rtn, rotate"),
+    "recipe file that is not there": (
+        lambda _: None,
+        ["--recipe", "no/such.yaml"],
+        "recipe no/such.yaml cannot be read",
+    ),
+    "precision without a pattern": (lambda _: None, ["--keep-precision", "w8a8"], "is not PATTERN=PRECISION"),
+    "unknown precision": (lambda _: None, ["--keep-precision", "lm_head=w2a2"], "keep_precision.lm_head = 'w2a2'"),
+    "pattern that matches nothing": (
+        lambda _: None,
+        ["--keep-precision", "layers.9.*=w8a8"],
+        "keep_precision 'layers.9.*' matches no linear layer of the decoder",
+    ),
+    "calibration that no one reads": (
+        lambda _: None,
+        ["--calibration", "."],
+        "recipe rotate reads no calibration data",
+    ),
+    "calibration that is not there": (
+        lambda _: None,
+        ["--recipe", "gptq", "--calibration", "no/such"],
+        "calibration data no/such do not exist",
+    ),
+    "size budget above one": (lambda _: None, ["--recipe", "auto", "--size-budget", "2"], "size_budget = 2.0"),
+    "GPTQ in NVFP4": (
+        lambda _: None,
+        ["--recipe", "gptq", "--format", "nvfp4"],
+        "format nvfp4 goes with decoder w4a4, algorithm rtn",
+    ),
     "group size that does not fit": (lambda _: None, ["--group-size", "128"], "group_size 128 does not divide"),
 }
 
@@ -219,7 +249,7 @@ def test_dry_run_prints_the_plan_from_config_alone(tmp_path: Path, capfd: pytest
     assert _run("--model", str(model), "--dry-run", "--json") == 0
     plan = json.loads(capfd.readouterr().out)
     assert (plan["vision_tokens_before"], plan["vision_tokens_after"]) == (25, 3)
-    assert (plan["quantized_linears"], plan["group_size"], plan["decoder_layers"]) == (14, 32, 2)
+    assert (plan["linears"], plan["group_size"], plan["decoder_layers"]) == ({"w4a4": 14, "w8a16": 1}, 32, 2)
     # The file is the tensors and a header.
     assert 0 < stored - plan["checkpoint_bytes"] < 20_000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
@@ -235,6 +265,49 @@ def test_dry_run_predicts_the_size_of_the_bundle(
     data = sum(path.stat().st_size for path in (tmp_path / "bundle").glob("*/model.onnx.data"))
     # Beside the weights the estimate counts layers that the vision encoder does not need (the last of the tower).
     assert data == pytest.approx(plan["bundle_bytes"], rel=0.15)
+
+
+def test_gptq_on_the_users_prompts(tmp_path: Path, tiny_llava: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "photos"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(data / f"{number}.png")
+    (data / "1.txt").write_text("what is left ?")
+    flags = ["--recipe", "auto", "--size-budget", "0.2", "--calibration", str(data), "--calibration-samples", "2"]
+    assert _run("--model", str(tiny_llava), "-o", str(tmp_path / "bundle"), "--json", *flags) == 0
+    facts = json.loads(capfd.readouterr().out)
+    assert facts["parity"]["verdict"] == "PASS"
+    assert (facts["calibration"]["data"], facts["calibration"]["prompts"]) == ("photos", 2)
+    assert len(facts["calibration"]["sensitivity"]) == 14
+    assert facts["decoder_linears"]["w8a8"] >= 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "photos"]
+    assert not list((tmp_path / "bundle").glob("scratch*"))
+
+
+def test_nvfp4_is_checked_and_refused_where_it_cannot_run(
+    tmp_path: Path, tiny_llava: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    assert _run("--model", str(tiny_llava), "-o", str(bundle), "--format", "nvfp4", "--json") == 0
+    facts = json.loads(capfd.readouterr().out)
+    assert facts["decoder_linears"] == {"nvfp4": 14, "w8a16": 1}
+    assert facts["parity"]["verdict"] == "DECODER NOT RUN"
+    assert "14 FP4 weights equal the reference bit for bit" in facts["parity"]["reason"]
+    assert _run("--verify", str(bundle)) == 0
+    assert qavp_run([str(bundle), "--prompt", "what"]) == 3
+    assert "is in NVFP4, which ONNX Runtime" in capfd.readouterr().err
+
+
+def test_list_recipes_documents_every_field(capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run("--list-recipes", "--json") == 0
+    listed = json.loads(capfd.readouterr().out)
+    assert list(listed["recipes"]) == ["rtn", "rotate", "gptq", "auto", "w4a8", "w4a16", "w8a8", "none"]
+    assert listed["default"] == "rotate"
+    assert all(recipe["description"] for recipe in listed["recipes"].values())
+    assert all(field["meaning"] for field in listed["fields"].values())
+    assert _run("--list-recipes") == 0
+    assert "GPTQ on calibration prompts" in " ".join(capfd.readouterr().out.split())
 
 
 def test_list_models_and_version(capfd: pytest.CaptureFixture[str]) -> None:
