@@ -20,7 +20,7 @@ class OneLevel:
     """A tensor with one float scale per group: `value = codes * scales`, groups along the last axis.
 
     Attributes:
-        codes: `[..., K]` int8, in [-7, 7] for 4 bits and [-127, 127] for 8.
+        codes: `[..., K]` int8, in [-8, 7] for 4 bits and [-127, 127] for 8.
         scales: `[..., K / group_size]` float32, positive; 1 for a group of zeros.
     """
 
