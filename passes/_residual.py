@@ -91,18 +91,35 @@ def find_residual_stream(graph: ir.Graph, start: ir.Value) -> ResidualStream:
     ends = [value for value in values if value.is_graph_output()]
     if ends or not stream.norms:
         raise GraphError(f"{start.name} does not lead through RMSNormalization nodes to linear layers")
+    # What a branch or a loop reads is not among the main graph's nodes.
+    for user in (user for value in values for user, _ in value.uses()):
+        if user.graph is not graph:
+            raise _unknown(user, "reads the residual stream in a subgraph")
     _check_weights(stream)
     return stream
 
 
 def bias_of(value: ir.Value | None) -> tuple[ir.Value | None, ir.Value | None]:
-    """Splits `Add(x, bias)` with a vector `bias` into `x` and `bias`; `(value, None)` for anything else."""
+    """Splits `Add(x, bias)` into `x` and a `bias [K]` of its own; `(value, None)` for anything else."""
     node = value.producer() if value is not None else None
     if node is not None and node.op_type == "Add":
         for x, bias in (node.inputs, reversed(node.inputs)):
-            if bias is not None and bias.is_initializer() and bias.shape is not None and len(bias.shape) == 1:
+            if (
+                bias is not None
+                and bias.is_initializer()
+                and len(bias.uses()) == 1
+                and None is not _width(bias, 1) == _width(x)
+            ):
                 return x, bias
     return value, None
+
+
+def _width(value: ir.Value | None, rank: int | None = None) -> int | None:
+    """Returns the static last axis; None if there is none, or if the rank is another."""
+    shape = value.shape if value is not None else None
+    if shape is None or len(shape) != (rank or len(shape)) or not len(shape):
+        return None
+    return shape[-1] if isinstance(shape[-1], int) else None
 
 
 def only_reader(value: ir.Value) -> bool:
@@ -136,6 +153,9 @@ def _check_weights(stream: ResidualStream) -> None:
         weight = input_of(node, 1)
         if len(weight.uses()) != 1 or weight.const_value is None or weight.dtype != ir.DataType.FLOAT:
             raise _unknown(node, "has a weight that is shared or not FLOAT")
+    for x in (stream.start, *(input_of(writer.node, 0) for writer in stream.writers)):
+        if _width(x) is None:
+            raise GraphError(f"{x.name} has no known width; run shape inference first")
 
 
 def _unknown(node: ir.Node, what: str) -> GraphError:

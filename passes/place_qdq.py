@@ -81,7 +81,7 @@ class PlaceQdq(RewritePass):
             scheme = self._scheme(node)
             if scheme is None:
                 continue
-            reason = why_not_quantizable(node, self.group_size)
+            reason = why_not_quantizable(node, self.group_size) or _why_not_shared(input_of(node, 1), scheme, weights)
             if reason is not None:
                 refused.append(Refusal(str(node.name), reason))
                 continue
@@ -147,6 +147,12 @@ class PlaceQdq(RewritePass):
         values = builder.op(dequantize, dequantize, [codes, scale], float32, shape, blocked)
         graph_of(node).insert_before(node, builder.nodes)
         return values
+
+
+def _why_not_shared(weight: ir.Value, scheme: Scheme, shared: dict[tuple[ir.Value, Scheme], ir.Value]) -> str | None:
+    # Codes are named after their weight, so there is one set of them.
+    taken = any(other is weight and kind != scheme for other, kind in shared)
+    return "it shares its weight with a layer of another scheme" if taken else None
 
 
 def _seen(x: ir.Value, shared: dict[tuple[ir.Value, Scheme], ir.Value]) -> bool:

@@ -61,7 +61,8 @@ class Rotate(RewritePass):
     2. R2: attention values are rotated per head: folded into the layer that makes them (and its bias) and into the one
        that reads the attention's output. Key/value caches hold rotated values.
     3. R4: the inputs of the layers that add to the stream, which no other layer could rotate for them, are rotated at
-       run time, one Hadamard block for each quantization group.
+       run time, one Hadamard block for each quantization group. The attention's output is left as R2 made it if its
+       heads are whole groups.
 
     Weights are rotated in float64, lazily: when they are read. What the pass cannot follow fails before anything is
     changed; attention whose values cannot be followed keeps them as they are and is reported.
@@ -99,18 +100,22 @@ class Rotate(RewritePass):
         graph = model.graph
         stream = find_residual_stream(graph, find_value(model, self.at))
         paths, refused = _value_paths(graph)
+        # Values that R2 rotates are spread over their head already: a block inside it would add nothing.
+        spread = {path.reader for path in paths if path.head_dim % self.group_size == 0}
         blocks = {
             writer.node: block_rotation(matrix_shape(input_of(writer.node, 1))[0], self.group_size)
             for writer in stream.writers
+            if writer.node not in spread
         }
-        folds = {node: _Fold() for node in (*stream.linears(), *(path.reader for path in paths))}
+        linears = [*stream.linears(), *(node for path in paths for node in (path.maker, path.reader))]
+        folds = {node: _Fold() for node in linears}
         shared: dict[int, ir.Value] = {}
         self._rotate_stream(graph, stream, folds, shared)
         for path in paths:
             _rotate_values(path, folds, self.seed)
-        for writer in stream.writers:
-            folds[writer.node].inputs.append(blocks[writer.node])
-            _rotate_input(graph, writer.node, blocks[writer.node], shared)
+        for node, rotation in blocks.items():
+            folds[node].inputs.append(rotation)
+            _rotate_input(graph, node, rotation, shared)
         for node, fold in folds.items():
             _transform(input_of(node, 1), fold.on_weight)
         layers = {str(node.name): fold.frozen() for node, fold in folds.items()}

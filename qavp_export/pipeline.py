@@ -10,12 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from qavp_export.bundle import BundleWriter
 from qavp_export.calibration import CalibrationSet, demo_calibration, read_calibration
+from qavp_export.calibration.prompts import embed_first_tokens, embed_prompts
 from qavp_export.checkpoint import Checkpoint
 from qavp_export.errors import BundleError, CheckpointError, ParityError, RecipeError
 from qavp_export.families import Family, Plan, family_for
@@ -38,6 +41,8 @@ from qavp_export.weights import CheckpointWeights
 # (stage, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
 
+# Sequences of one token that stand for whatever begins a prompt.
+_FIRST_TOKENS = 8
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
@@ -70,7 +75,7 @@ def export(
     name: str,
     force: bool,
     progress: Progress,
-    calibration: Path | None = None,
+    calibration_data: Path | None = None,
 ) -> Manifest:
     """Exports a checkpoint folder as a bundle.
 
@@ -81,7 +86,7 @@ def export(
         name: The model as the user named it.
         force: Replace an existing bundle.
         progress: Called as the work goes on.
-        calibration: Image prompts for recipes that need them, see `read_calibration`; None takes the demo's.
+        calibration_data: Image prompts for recipes that need them, see `read_calibration`; None takes the demo's.
 
     Returns:
         The bundle's manifest.
@@ -91,7 +96,7 @@ def export(
     """
     source = open_source(folder, name)
     settings = settle(recipe, source.family, source.plan)
-    drawn = draw_prompts(recipe, calibration)
+    drawn = draw_prompts(recipe, calibration_data)
     with BundleWriter(target, force=force) as writer:
         writer.copy(source.checkpoint.extra_files())
         graphs, weights = trace(source, _stage(progress, "trace"))
@@ -101,8 +106,10 @@ def export(
         for component in ("vision_encoder", "embedding"):
             _write(writer, manifest, component, graphs, weights, progress)
         with writer.scratch() as scratch:
-            prompts = None if drawn is None else Calibration.of(drawn, writer.folder, manifest, Path(scratch), progress)
-            quantized = quantize(graphs["decoder"], settings, prompts)
+            prompts = embed(drawn, writer.folder, manifest, progress)
+            first_tokens = embed_first_tokens(writer.folder, manifest, _first_tokens(source, recipe))
+            calibration = Calibration(prompts, first_tokens, Path(scratch), progress)
+            quantized = quantize(graphs["decoder"], settings, calibration)
             _write(writer, manifest, "decoder", graphs, weights, progress, quantized.rotated())
         progress("compare with PyTorch", 0, 1)
         manifest = _with_results(manifest, graphs, quantized, weights, drawn)
@@ -115,7 +122,7 @@ def export(
         return writer.commit(dataclasses.replace(manifest, parity=parity.to_dict()))
 
 
-def draw_prompts(recipe: Recipe, calibration: Path | None) -> CalibrationSet | None:
+def draw_prompts(recipe: Recipe, data: Path | None) -> CalibrationSet | None:
     """Draws the calibration prompts that a recipe needs; None if it needs none.
 
     Raises:
@@ -123,12 +130,28 @@ def draw_prompts(recipe: Recipe, calibration: Path | None) -> CalibrationSet | N
         RecipeError: Data were given to a recipe that does not read them.
     """
     if not recipe.needs_calibration:
-        if calibration is not None:
+        if data is not None:
             raise RecipeError(f"recipe {recipe.name} reads no calibration data; leave --calibration out, or use gptq")
         return None
-    if calibration is None:
+    if data is None:
         return demo_calibration(recipe.calibration_samples, recipe.seed)
-    return read_calibration(calibration, recipe.calibration_samples, recipe.seed)
+    return read_calibration(data, recipe.calibration_samples, recipe.seed)
+
+
+def embed(
+    drawn: CalibrationSet | None, bundle: Path, manifest: Manifest, progress: Progress
+) -> list[dict[str, npt.NDArray[Any]]]:
+    """Embeds calibration prompts, with the image tokens that survive, by the graphs that the bundle holds so far.
+
+    Raises:
+        CalibrationError: A picture cannot be read, or a prompt does not fit the context.
+    """
+    prompts: list[dict[str, npt.NDArray[Any]]] = []
+    if drawn is not None:
+        for prompt in embed_prompts(bundle, manifest, drawn.items):
+            progress("embed calibration prompts", len(prompts), len(drawn.items))
+            prompts.append(prompt)
+    return prompts
 
 
 def open_source(folder: Path, name: str) -> Source:
@@ -291,6 +314,14 @@ def _with_results(
         calibration=None if drawn is None else drawn.describe() | {"sensitivity": dict(quantized.sensitivity)},
         checkpoint_quantization=None if weights.prequantized is None else weights.prequantized.describe(),
     )
+
+
+def _first_tokens(source: Source, recipe: Recipe) -> list[int]:
+    """Returns text tokens that may begin a sequence: the one that begins all prompts, if any, and a few more."""
+    plan, bos = source.plan, source.tokenizer.bos_token_id
+    drawn = np.random.Generator(np.random.PCG64(recipe.seed)).permutation(plan.vocab_size)
+    known = [int(token) for token in drawn if token not in (bos, plan.image_token_id)]
+    return ([] if bos is None else [int(bos)]) + known[: _FIRST_TOKENS - (bos is not None)]
 
 
 def _token_ids(source: Source, key: str, fallback: int | None) -> list[int]:

@@ -13,14 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qavp_export.calibration import CalibrationSet
 from qavp_export.calibration.gptq import GptqCalibration
-from qavp_export.calibration.prompts import embed_prompts
 from qavp_export.calibration.sensitivity import Sensitivity, choose_raised, measure_sensitivity
+from qavp_export.calibration.sink import round_for_first_tokens
 from qavp_export.calibration.stored import StoredWeights
 from qavp_export.calibration.walk import Walk
 from qavp_export.errors import GraphError, QavpError, RecipeError
-from qavp_export.manifest import Manifest
 from qavp_export.numerics.gptq import GptqSettings
 from qavp_export.parity import DecoderLayer
 from qavp_export.passes import (
@@ -91,58 +89,50 @@ class Quantization:
         return {layer.weight for layer in self.layers if layer.rotation.inputs or layer.rotation.output is not None}
 
 
+Inputs = Mapping[str, npt.NDArray[Any]]
+"""The decoder's inputs by name."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What the decoder is calibrated on.
 
     Attributes:
-        prompts: The decoder's inputs for each prompt.
+        prompts: The decoder's inputs for each calibration prompt; empty for recipes that need none.
+        first_tokens: The decoder's inputs for sequences of one token.
         folder: A folder for what is kept on disk meanwhile.
         progress: Called with the stage, layers done and layers in all.
     """
 
-    prompts: Sequence[Mapping[str, npt.NDArray[Any]]]
+    prompts: Sequence[Inputs]
+    first_tokens: Inputs
     folder: Path
     progress: Callable[[str, int, int], None]
 
-    @classmethod
-    def of(
-        cls,
-        drawn: CalibrationSet,
-        bundle: Path,
-        manifest: Manifest,
-        folder: Path,
-        progress: Callable[[str, int, int], None],
-    ) -> Calibration:
-        """Embeds prompts with the bundle's vision encoder and embedding; see `embed_prompts`.
-
-        Raises:
-            CalibrationError: A picture cannot be read, or a prompt does not fit the context.
-        """
-        prompts: list[Mapping[str, npt.NDArray[Any]]] = []
-        for prompt in embed_prompts(bundle, manifest, drawn.items):
-            progress("embed calibration prompts", len(prompts), len(drawn.items))
-            prompts.append(prompt)
-        return cls(prompts, folder, progress)
-
-    def walk(self, name: str, model: ir.Model) -> Walk:
-        """Starts a walk through a model on the prompts."""
+    def walk(self, name: str, model: ir.Model, feeds: Sequence[Inputs]) -> Walk:
+        """Starts a walk through a model."""
         folder = self.folder / name
         folder.mkdir()
-        return Walk(model, self.prompts, folder)
+        return Walk(model, feeds, folder)
+
+    def stored(self, rounding: RoundWeights) -> StoredWeights:
+        """Returns where rounded weights wait for the graph to be written."""
+        folder = self.folder / "codes"
+        folder.mkdir()
+        return StoredWeights(folder, rounding)
 
     def stage(self, name: str) -> Callable[[int, int], None]:
         """Returns the progress of one stage."""
         return lambda done, total: self.progress(name, done, total)
 
 
-def quantize(decoder: ir.Model, settings: Settings, calibration: Calibration | None) -> Quantization:
-    """Rotates and quantizes the decoder, in place. Weights stay lazy; GPTQ leaves its codes on disk.
+def quantize(decoder: ir.Model, settings: Settings, calibration: Calibration) -> Quantization:
+    """Rotates and quantizes the decoder, in place. Weights stay lazy, or wait on disk once they are rounded.
 
     Args:
         decoder: The decoder's graph in float.
         settings: The recipe, with every choice made.
-        calibration: The prompts; None if the recipe needs none.
+        calibration: What it is calibrated on.
 
     Raises:
         RecipeError: The recipe does not fit the decoder.
@@ -154,10 +144,17 @@ def quantize(decoder: ir.Model, settings: Settings, calibration: Calibration | N
     precisions = choose_precisions(linears, recipe)
     rounding = RoundWeights(clip_search=recipe.clip_search)
     sensitivity: list[Sensitivity] = []
-    if calibration is not None and recipe.size_budget is not None:
+    if recipe.size_budget is not None:
         sensitivity = _raise_sensitive(decoder, settings, precisions, calibration)
-    if calibration is not None and recipe.algorithm == "gptq":
-        _round_by_gptq(decoder, settings, precisions, rounding, calibration)
+    schemes = _four_bit(precisions, recipe)
+    if recipe.algorithm == "gptq":
+        _round_by_gptq(decoder, settings, precisions, calibration.stored(rounding), calibration)
+    elif recipe.algorithm == "sink" and schemes and recipe.format == "int":
+        weights = calibration.stored(rounding)
+        walk = calibration.walk("first-tokens", decoder, [calibration.first_tokens])
+        progress = calibration.stage("round for the first token")
+        round_for_first_tokens(walk, decoder, schemes, settings.group_size, weights, progress)
+        place_quantizers(decoder, settings, precisions, weights)
     else:
         place_quantizers(decoder, settings, precisions, rounding)
     names = {linear.node: linear.module for linear in linears}
@@ -172,7 +169,7 @@ def _raise_sensitive(
     recipe = settings.recipe
     schemes = _four_bit(precisions, recipe)
     measured = measure_sensitivity(
-        calibration.walk("sensitivity", decoder),
+        calibration.walk("sensitivity", decoder, calibration.prompts),
         decoder,
         schemes,
         settings.group_size,
@@ -188,19 +185,16 @@ def _round_by_gptq(
     decoder: ir.Model,
     settings: Settings,
     precisions: Mapping[str, Precision],
-    rounding: RoundWeights,
+    weights: StoredWeights,
     calibration: Calibration,
 ) -> None:
     original = decoder.clone()
-    codes = calibration.folder / "codes"
-    codes.mkdir()
-    weights = StoredWeights(codes, rounding)
     place_quantizers(decoder, settings, precisions, weights)
     GptqCalibration(
         decoder,
-        calibration.walk("quantized", decoder),
+        calibration.walk("quantized", decoder, calibration.prompts),
         original,
-        calibration.walk("original", original),
+        calibration.walk("original", original, calibration.prompts),
         weights,
         settings.group_size,
         GptqSettings(damping=settings.recipe.damping),

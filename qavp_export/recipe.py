@@ -94,9 +94,10 @@ class Recipe(BaseModel):
     rotation: Literal["hadamard", "none"] = Field(
         default="hadamard", description="Hadamard rotations of the decoder that spread outlier channels (QuaRot)."
     )
-    algorithm: Literal["rtn", "gptq"] = Field(
-        default="rtn",
-        description="How weights are rounded: to the nearest code, or by GPTQ on calibration prompts.",
+    algorithm: Literal["rtn", "sink", "gptq"] = Field(
+        default="sink",
+        description="How 4-bit weights are rounded: rtn to the nearest code; sink so that the outputs of a sequence's "
+        "first token are kept, which needs no data; gptq by error compensation on calibration prompts.",
     )
     clip_search: bool = Field(
         default=True, description="Choose 4-bit weight scales for the least squared error, not the largest value."
@@ -120,8 +121,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if self.format == "nvfp4" and (self.decoder != "w4a4" or self.algorithm != "rtn" or self.needs_calibration):
-            raise ValueError("format nvfp4 goes with decoder w4a4, algorithm rtn and no size_budget")
+        if self.format == "nvfp4" and (self.decoder != "w4a4" or self.needs_calibration):
+            raise ValueError("format nvfp4 goes with decoder w4a4, no GPTQ and no size_budget")
         if self.size_budget is not None and not self.decoder.startswith("w4"):
             raise ValueError("size_budget raises 4-bit layers: it goes with decoder w4a4, w4a8 or w4a16")
         if self.algorithm == "gptq" and not self.decoder.startswith("w4"):
@@ -183,7 +184,7 @@ def read_preset(preset: str) -> dict[str, Any]:
         text, name = _read(path), path.stem
     try:
         fields = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a 13th month, 5,000 digits, nested too deeply
         raise RecipeError(f"recipe {preset} is not valid YAML ({' '.join(str(error).split())}); correct it") from error
     if not isinstance(fields, dict):
         raise RecipeError(f"recipe {preset} is not a mapping of fields; see qavp-export --list-recipes")

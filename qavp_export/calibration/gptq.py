@@ -15,7 +15,7 @@ from qavp_export.calibration.walk import Walk
 from qavp_export.numerics.gptq import GptqSettings, gptq_one_level, gptq_two_level
 from qavp_export.numerics.one_level import OneLevel
 from qavp_export.numerics.two_level import TwoLevel
-from qavp_export.passes import Quantized, Scheme, by_output_channel
+from qavp_export.passes import Quantized, Scheme
 from qavp_export.passes.quantizer import relative_error, squared_error
 
 Float32 = npt.NDArray[np.float32]
@@ -93,7 +93,7 @@ class GptqCalibration:
     def _round(self, stop: Stop, scheme: Scheme, hessian: Float32, cross: Float32) -> None:
         originals = [self._originals[str(node.name)].inputs[1] for node in stop.nodes]
         weights = [weight for weight in originals if weight is not None]
-        values = [by_output_channel(weight) for weight in weights]
+        values = [self._original_walk.weight(weight) for weight in weights]
         # Layers with one input share the Hessian, so that it is factorized once.
         stacked = np.concatenate(values) if len(values) > 1 else values[0]
         rounding = gptq_two_level if scheme.scales == "two-level" else gptq_one_level

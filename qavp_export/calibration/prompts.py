@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from qavp_export.calibration.data import CalibrationItem
 from qavp_export.engines import EngineOptions
 from qavp_export.engines.ort import OrtEncoders
 from qavp_export.errors import CalibrationError, ImageError, PromptError
-from qavp_export.manifest import Manifest
+from qavp_export.manifest import DecoderSpec, Manifest
 from qavp_export.runtime.preparation import Preparer
 
 Array = npt.NDArray[Any]
@@ -55,3 +55,27 @@ def embed_prompts(bundle: Path, manifest: Manifest, items: tuple[CalibrationItem
             "position_ids": prepared.position_ids,
             **cache,
         }
+
+
+def embed_first_tokens(bundle: Path, manifest: Manifest, token_ids: Sequence[int]) -> dict[str, Array]:
+    """Embeds tokens as sequences of one token each.
+
+    Args:
+        bundle: The folder with the embedding's graph.
+        manifest: What is known of the bundle.
+        token_ids: R text tokens.
+
+    Returns:
+        The decoder's inputs with an empty cache, batch size R.
+    """
+    ids = np.array(token_ids, np.int64)[:, None]
+    no_images = np.zeros((0, manifest.vision_tokens.after, manifest.decoder.hidden_size), np.float32)
+    embeds = OrtEncoders(bundle, manifest, EngineOptions()).embed(ids, no_images)
+    mask, positions = np.ones_like(ids), np.zeros_like(ids)
+    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+    return inputs | _empty_cache(manifest.decoder, len(ids))
+
+
+def _empty_cache(spec: DecoderSpec, batch: int) -> dict[str, Array]:
+    empty = np.zeros((batch, spec.num_key_value_heads, 0, spec.head_dim), np.float32)
+    return {f"past_key_values.{layer}.{part}": empty for layer in range(spec.num_layers) for part in ("key", "value")}

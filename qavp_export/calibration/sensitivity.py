@@ -85,7 +85,7 @@ def _measure(
     weight = node.inputs[1]
     if weight is None or weight.const_value is None:
         raise TypeError(f"{node.name} has no constant weight")
-    values: Float32 = weight.const_value.numpy()
+    values = walk.weight(weight).T
     rounded = quantizer(weight, scheme, group_size).dequantize().T
     total, tokens = 0.0, 0
     for x in walk.read(stop.value):

@@ -14,6 +14,7 @@ from onnx_ir.convenience import extract
 
 from qavp_export.engines import EngineOptions
 from qavp_export.engines.ort import session_options
+from qavp_export.passes import by_output_channel
 
 Array = npt.NDArray[Any]
 
@@ -37,6 +38,7 @@ class Walk:
         self._known: dict[ir.Value, int] = {}
         self._done: set[ir.Node] = set()
         self._numbered = 0
+        self._weights: dict[ir.Value, npt.NDArray[np.float32]] = {}
         for value in model.graph.inputs:
             if str(value.name) in feeds[0]:
                 self._known[value] = self._new_number()
@@ -51,13 +53,13 @@ class Walk:
         self._done |= nodes
         computed = [value for node in self._model.graph if node in nodes for value in node.outputs]
         kept = [value for value in computed if value in wanted or any(user not in self._done for user in _users(value))]
-        session = self._session(sources, kept)
+        session, weights = self._session(sources, kept)
         names = [str(value.name) for value in kept]
         for value in kept:
             self._known[value] = self._new_number()
         for prompt in range(self._prompts):
             feeds = {str(value.name): np.load(self._file(value, prompt)) for value in sources}
-            for value, array in zip(kept, session.run(names, feeds), strict=True):
+            for value, array in zip(kept, session.run(names, feeds | weights), strict=True):
                 np.save(self._file(value, prompt), array)
         self._forget(wanted)
 
@@ -65,6 +67,12 @@ class Walk:
         """Yields a known value, prompt by prompt."""
         for prompt in range(self._prompts):
             yield np.load(self._file(value, prompt))
+
+    def weight(self, weight: ir.Value) -> npt.NDArray[np.float32]:
+        """Reads a weight `[K,N]` as `[N,K]` and keeps it until the part of the graph that multiplies by it runs."""
+        if weight not in self._weights:
+            self._weights[weight] = by_output_channel(weight)
+        return self._weights[weight]
 
     def _between(self, wanted: Collection[ir.Value]) -> tuple[set[ir.Node], list[ir.Value]]:
         """Returns the nodes that lead from known values to wanted ones, and those known values."""
@@ -83,18 +91,31 @@ class Walk:
                     pending.append(value)
         return nodes, list(sources)
 
-    def _session(self, sources: list[ir.Value], outputs: list[ir.Value]) -> ort.InferenceSession:
+    def _session(
+        self, sources: list[ir.Value], outputs: list[ir.Value]
+    ) -> tuple[ort.InferenceSession, dict[str, Array]]:
+        """Opens the graph between sources and outputs; returns it with its float weights, which it takes as inputs."""
         graph = extract(self._model.graph, sources, outputs)
         for value, source in zip(graph.inputs, sources, strict=True):
             # Shape inference leaves some values without a type; what was computed has one.
             value.dtype = ir.DataType.from_numpy(next(self.read(source)).dtype)
-        part = ir.Model(
-            graph,
-            ir_version=self._model.ir_version,
-            functions=list(self._model.functions.values()),
-        )
+        weights: dict[str, Array] = {}
+        for name, value in list(graph.initializers.items()):
+            # As inputs they are not copied into a protobuf first.
+            if value.dtype == ir.DataType.FLOAT and value.shape is not None and len(value.shape) == 2:
+                graph.initializers.pop(name)
+                graph.inputs.append(value)
+                weights[name] = self._take(self._model.graph.initializers[name])
+                value.const_value = None
+        part = ir.Model(graph, ir_version=self._model.ir_version, functions=list(self._model.functions.values()))
         options = session_options(EngineOptions(graph_optimization="disable"))
-        return ort.InferenceSession(ir.to_proto(part).SerializeToString(), options, providers=["CPUExecutionProvider"])
+        proto = ir.to_proto(part).SerializeToString()
+        return ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"]), weights
+
+    def _take(self, weight: ir.Value) -> Array:
+        values = self.weight(weight)
+        del self._weights[weight]
+        return np.ascontiguousarray(values.T)
 
     def _forget(self, wanted: Collection[ir.Value]) -> None:
         for value in [value for value in self._known if value not in wanted]:

@@ -174,7 +174,9 @@ def _export(
     from qavp_export.pipeline import export
 
     with ProgressBars(enabled=not as_json) as bars:
-        manifest = export(folder, recipe, target, name=name, force=force, progress=bars.update, calibration=calibration)
+        manifest = export(
+            folder, recipe, target, name=name, force=force, progress=bars.update, calibration_data=calibration
+        )
     if as_json:
         typer.echo(json.dumps(summary(manifest, target)))
     else:

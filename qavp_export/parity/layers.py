@@ -79,7 +79,7 @@ class LayerFolder:
 
     Attributes:
         agreement: How the graph's weights compare with rounding to nearest of the reference's.
-        smallest_cosine: Smallest cosine similarity of a weight that an algorithm rounded otherwise (GPTQ); such a
+        smallest_cosine: Smallest cosine similarity of a weight that was not rounded to nearest; such a
             weight need not be near the original, but points the same way.
     """
 
@@ -119,7 +119,7 @@ class LayerFolder:
     def _compare(self, layer: DecoderLayer, weight: FloatArray) -> FloatArray:
         """Returns the graph's weight `[N,K]`, after comparing it with what it should be."""
         stored = self._read(layer.weight)
-        if self._settings.recipe.algorithm == "gptq" and layer.precision.startswith("w4"):
+        if self._settings.recipe.algorithm != "rtn" and layer.precision.startswith("w4"):
             sizes = float(np.linalg.norm(weight)) * float(np.linalg.norm(stored))
             cosine = float(np.vdot(weight, stored)) / sizes if sizes else 1.0
             self.smallest_cosine = min(self.smallest_cosine, cosine)

@@ -135,7 +135,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "GPTQ in NVFP4": (
         lambda _: None,
         ["--recipe", "gptq", "--format", "nvfp4"],
-        "format nvfp4 goes with decoder w4a4, algorithm rtn",
+        "format nvfp4 goes with decoder w4a4, no GPTQ",
     ),
     "group size that does not fit": (lambda _: None, ["--group-size", "128"], "group_size 128 does not divide"),
 }

@@ -1,0 +1,167 @@
+"""Rounding that keeps what a weight returns on a few given inputs (NumPy, float32).
+
+The first token of a sequence is an attention sink (Xiao et al., "Efficient Streaming Language Models with Attention
+Sinks", ICLR 2024): after its norm it is nearly the same vector whatever the token, and its value is tiny because large
+terms cancel (Sun et al., "Massive Activations in Large Language Models", COLM 2024). Nearest rounding destroys that
+cancellation. Those inputs are known without any calibration text.
+
+This is GPTQ (`gptq.py`) with the Hessian `X^T X + lambda I` of r inputs X `[r, K]`. Its rank makes the compensation
+cheap: with e = (W^ - W) x summed over the channels rounded so far, one value per input, the targets of all others are
+
+    target[i] = W[i] - e^T (lambda I + M[i])^-1 x[i],    M[i] = sum of x[k] x[k]^T over the channels k not yet rounded
+
+by the push-through identity, so no K x K matrix is formed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from qavp_export.errors import CalibrationError, RecipeError
+from qavp_export.numerics.clip import quantize_one_level_clipped, quantize_two_level_clipped
+from qavp_export.numerics.one_level import OneLevel
+from qavp_export.numerics.two_level import CODE_MAX, CODE_MIN, TwoLevel
+
+Float32 = npt.NDArray[np.float32]
+Int8 = npt.NDArray[np.int8]
+
+DEFAULT_RIDGE = 0.1
+# Output channels per pass: weights and codes of a pass take 60 MB at 11008 input channels.
+ROWS_PER_PASS = 1024
+# Input channels whose r x r systems are solved together: 16 MB in float64 at 32 inputs.
+SOLVE_BLOCK = 1024
+
+
+def sink_two_level(weight: Float32, inputs: Float32, group_size: int, ridge: float = DEFAULT_RIDGE) -> TwoLevel:
+    """Rounds a weight to the two-level grid that the clip search finds for it, keeping its outputs on some inputs.
+
+    Layers that read the same input can be stacked along N.
+
+    Args:
+        weight: `[N, K]` float32; `group_size` divides K.
+        inputs: `[r, K]` float32, what the layer reads; a few, since the work grows with r. Zeros count for nothing:
+            with no others the weight is rounded to nearest.
+        group_size: Input channels that share a multiplier.
+        ridge: Weight of the rounding error itself against that of the outputs, as a fraction of the mean over the
+            channels of `sum x^2`; positive.
+
+    Returns:
+        Codes, multipliers and steps; the latter two as `quantize_two_level_clipped` returns them.
+
+    Raises:
+        RecipeError: `group_size` does not divide K, or the ridge is not positive.
+        CalibrationError: Shapes do not match, or the weight or the inputs hold NaN or infinity.
+    """
+    _check(weight, inputs, ridge)
+    grid = quantize_two_level_clipped(weight, group_size)
+    codes = sink_codes(weight, grid.scales(), inputs, ridge)
+    return TwoLevel(codes, grid.multipliers, grid.steps)
+
+
+def sink_one_level(weight: Float32, inputs: Float32, group_size: int, ridge: float = DEFAULT_RIDGE) -> OneLevel:
+    """Rounds a weight to 4-bit codes with a float scale per group; otherwise as `sink_two_level`.
+
+    Args:
+        weight: `[N, K]` float32; `group_size` divides K.
+        inputs: `[r, K]` float32.
+        group_size: Input channels that share a scale.
+        ridge: As for `sink_two_level`.
+
+    Returns:
+        Codes and scales; the latter as `quantize_one_level_clipped` returns them.
+
+    Raises:
+        RecipeError: As for `sink_two_level`.
+        CalibrationError: As for `sink_two_level`.
+    """
+    _check(weight, inputs, ridge)
+    scales = quantize_one_level_clipped(weight, group_size).scales
+    return OneLevel(sink_codes(weight, scales, inputs, ridge), scales)
+
+
+def sink_codes(weight: Float32, scales: Float32, inputs: Float32, ridge: float = DEFAULT_RIDGE) -> Int8:
+    """Rounds a weight on a given grid, keeping its outputs on some inputs.
+
+    Args:
+        weight: `[N, K]` float32.
+        scales: `[N, groups]` float32; a scale of 0 counts as 1. The number of groups divides K.
+        inputs: `[r, K]` float32.
+        ridge: As for `sink_two_level`.
+
+    Returns:
+        `[N, K]` int8 in [-8, 7].
+
+    Raises:
+        RecipeError: The ridge is not positive.
+        CalibrationError: As for `sink_two_level`.
+    """
+    _check(weight, inputs, ridge)
+    rows, channels = weight.shape
+    if scales.shape[0] != rows or scales.ndim != 2 or channels % max(scales.shape[1], 1):
+        raise CalibrationError(f"scales of shape {list(scales.shape)} do not fit a weight of {list(weight.shape)}")
+    # Loudest first, as in GPTQ: the quiet channels that remain can still make up for them. Stable: a tie keeps order.
+    order = np.argsort(-np.einsum("rk,rk->k", inputs, inputs, dtype=np.float64), kind="stable")
+    ordered = np.ascontiguousarray(inputs.T[order].astype(np.float64))
+    gains, directions = _gains(ordered, ridge), ordered.astype(np.float32)
+    group = order // (channels // scales.shape[1])
+    codes = np.empty(weight.shape, np.int8)
+    for start in range(0, rows, ROWS_PER_PASS):
+        chosen = slice(start, start + ROWS_PER_PASS)
+        wanted = np.ascontiguousarray(weight[chosen].astype(np.float32, copy=False).T[order])
+        codes[chosen, order] = _round(wanted, scales[chosen], group, gains, directions).T
+    return codes
+
+
+def _gains(ordered: npt.NDArray[np.float64], ridge: float) -> Float32:
+    """Returns `(lambda I + M[i])^-1 x[i]` of every channel, `[K, r]`, from the inputs `[K, r]` in rounding order."""
+    channels, count = ordered.shape
+    # Without inputs any ridge gives gains of zero.
+    damping = ridge * (float(np.sum(ordered * ordered)) / channels or 1.0)
+    remaining = damping * np.eye(count)
+    gains = np.empty(ordered.shape, np.float32)
+    for stop in range(channels, 0, -SOLVE_BLOCK):
+        block = slice(max(0, stop - SOLVE_BLOCK), stop)
+        x = ordered[block]
+        moments = x[:, :, None] * x[:, None, :]
+        moments = np.cumsum(moments[::-1], axis=0)[::-1] + remaining
+        gains[block] = np.linalg.solve(moments, x[:, :, None])[:, :, 0]
+        remaining = moments[0]
+    return gains
+
+
+def _round(wanted: Float32, scales: Float32, group: npt.NDArray[np.intp], gains: Float32, directions: Float32) -> Int8:
+    """Returns the codes `[K, n]` of channels `[K, n]` in rounding order; `group [K]` is the column of each's scale."""
+    divisors = np.ascontiguousarray(np.where(scales > 0, scales, np.float32(1)).T)
+    codes = np.empty(wanted.shape, np.int8)
+    outputs = np.zeros((gains.shape[1], wanted.shape[1]), np.float32)
+    update, target = np.empty_like(outputs), np.empty(wanted.shape[1], np.float32)
+    for i, (row, gain, direction) in enumerate(zip(wanted, gains, directions, strict=True)):
+        divisor = divisors[group[i]]
+        np.dot(gain, outputs, out=target)
+        np.subtract(row, target, out=target)
+        np.divide(target, divisor, out=target)
+        np.rint(target, out=target)
+        np.clip(target, CODE_MIN, CODE_MAX, out=target)
+        codes[i] = target
+        np.multiply(target, divisor, out=target)
+        np.subtract(target, row, out=target)
+        np.multiply(direction[:, None], target, out=update)
+        np.add(outputs, update, out=outputs)
+    return codes
+
+
+def _check(weight: Float32, inputs: Float32, ridge: float) -> None:
+    if not 0 < ridge < np.inf:
+        raise RecipeError(f"the ridge of the sink rounding is {ridge}; it must be positive")
+    if weight.ndim != 2 or weight.size == 0:
+        raise CalibrationError(f"the weight has shape {list(weight.shape)}; sink rounding needs [N, K], not empty")
+    if inputs.ndim != 2 or inputs.shape[0] == 0 or inputs.shape[1] != weight.shape[1]:
+        raise CalibrationError(
+            f"the sink inputs have shape {list(inputs.shape)}; a weight of {weight.shape[1]} input channels needs "
+            f"[r, {weight.shape[1]}] with at least one"
+        )
+    for name, values in (("weights", weight), ("sink inputs", inputs)):
+        # A NaN or infinity anywhere shows in the sum; no mask of the tensor's size is made.
+        if not np.isfinite(np.sum(values, dtype=np.float64)):
+            raise CalibrationError(f"the {name} hold NaN or infinity; check the checkpoint")
