@@ -104,12 +104,10 @@ def bias_of(value: ir.Value | None) -> tuple[ir.Value | None, ir.Value | None]:
     node = value.producer() if value is not None else None
     if node is not None and node.op_type == "Add":
         for x, bias in (node.inputs, reversed(node.inputs)):
-            if (
-                bias is not None
-                and bias.is_initializer()
-                and len(bias.uses()) == 1
-                and None is not _width(bias, 1) == _width(x)
-            ):
+            if bias is None or not bias.is_initializer() or len(bias.uses()) != 1:
+                continue
+            width = _width(bias, 1)
+            if width is not None and width == _width(x):
                 return x, bias
     return value, None
 

@@ -110,6 +110,7 @@ class Manifest:
         components: The graphs by component name: `vision_encoder`, `embedding`, `decoder`.
         precision: Realized precision by layer, for example `{"/model/layers.0/mlp/up_proj/MatMul": "w4a4"}`.
         weight_error: Relative error `norm2(W - W^) / norm2(W)` of each rounded weight, by module name.
+        notes: What the recipe asked for and the model did not allow, a line each.
         calibration: What the recipe was calibrated on: name and SHA-256 of the data, number of prompts, and the
             measured sensitivity of each layer, by module name, if the recipe asks for it. None without calibration.
         checkpoint_bytes: Size of the checkpoint's tensors.
@@ -128,6 +129,7 @@ class Manifest:
     components: dict[str, Component]
     precision: dict[str, str]
     weight_error: dict[str, float]
+    notes: list[str]
     calibration: dict[str, Any] | None
     checkpoint_bytes: int
     checkpoint_quantization: dict[str, Any] | None

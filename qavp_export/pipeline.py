@@ -106,7 +106,7 @@ def export(
         for component in ("vision_encoder", "embedding"):
             _write(writer, manifest, component, graphs, weights, progress)
         with writer.scratch() as scratch:
-            prompts = embed(drawn, writer.folder, manifest, progress)
+            prompts = embed(drawn, writer.folder, manifest, Path(scratch), progress)
             first_tokens = embed_first_tokens(writer.folder, manifest, _first_tokens(source, recipe))
             calibration = Calibration(prompts, first_tokens, Path(scratch), progress)
             quantized = quantize(graphs["decoder"], settings, calibration)
@@ -139,18 +139,24 @@ def draw_prompts(recipe: Recipe, data: Path | None) -> CalibrationSet | None:
 
 
 def embed(
-    drawn: CalibrationSet | None, bundle: Path, manifest: Manifest, progress: Progress
+    drawn: CalibrationSet | None, bundle: Path, manifest: Manifest, scratch: Path, progress: Progress
 ) -> list[dict[str, npt.NDArray[Any]]]:
     """Embeds calibration prompts, with the image tokens that survive, by the graphs that the bundle holds so far.
+
+    Returns:
+        The decoder's inputs for each prompt; the embeddings are mapped from files in `scratch`.
 
     Raises:
         CalibrationError: A picture cannot be read, or a prompt does not fit the context.
     """
     prompts: list[dict[str, npt.NDArray[Any]]] = []
-    if drawn is not None:
-        for prompt in embed_prompts(bundle, manifest, drawn.items):
-            progress("embed calibration prompts", len(prompts), len(drawn.items))
-            prompts.append(prompt)
+    if drawn is None:
+        return prompts
+    for number, prompt in enumerate(embed_prompts(bundle, manifest, drawn.items)):
+        progress("embed calibration prompts", number, len(drawn.items))
+        file = scratch / f"prompt-{number}.npy"
+        np.save(file, prompt["inputs_embeds"])
+        prompts.append(prompt | {"inputs_embeds": np.load(file, mmap_mode="r")})
     return prompts
 
 
@@ -271,6 +277,7 @@ def describe(source: Source, settings: Settings) -> Manifest:
         components={},
         precision={},
         weight_error={},
+        notes=[],
         calibration=None,
         checkpoint_bytes=source.checkpoint.total_bytes,
         checkpoint_quantization=None,
@@ -311,6 +318,7 @@ def _with_results(
             for layer in realized_precision(graph)
         },
         weight_error=quantized.errors(),
+        notes=quantized.notes,
         calibration=None if drawn is None else drawn.describe() | {"sensitivity": dict(quantized.sensitivity)},
         checkpoint_quantization=None if weights.prequantized is None else weights.prequantized.describe(),
     )

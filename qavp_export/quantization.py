@@ -68,12 +68,14 @@ class Quantization:
         weights: Rounds the weights; they are rounded when the graph is written.
         sensitivity: Measured loss of each layer at 4 bit by module name; empty if it was not measured.
         linears: The layers as they were in float.
+        notes: What the recipe asked for and the decoder did not allow, a line each.
     """
 
     layers: list[DecoderLayer]
     weights: RoundWeights
     sensitivity: Mapping[str, float]
     linears: list[DecoderLinear]
+    notes: list[str]
 
     def read_weight(self, parameter: str, _: tuple[int, int]) -> npt.NDArray[np.float32]:
         """Reads a decoder weight `[N,K]` as it was before quantization, rotations folded in."""
@@ -140,12 +142,12 @@ def quantize(decoder: ir.Model, settings: Settings, calibration: Calibration) ->
     """
     recipe = settings.recipe
     linears = decoder_linears(decoder)
-    rotations = rotate_decoder(decoder, settings)
+    rotations, notes = rotate_decoder(decoder, settings)
     precisions = choose_precisions(linears, recipe)
     rounding = RoundWeights(clip_search=recipe.clip_search)
     sensitivity: list[Sensitivity] = []
     if recipe.size_budget is not None:
-        sensitivity = _raise_sensitive(decoder, settings, precisions, calibration)
+        sensitivity = _raise_sensitive(decoder, linears, settings, precisions, calibration)
     schemes = _four_bit(precisions, recipe)
     if recipe.algorithm == "gptq":
         _round_by_gptq(decoder, settings, precisions, calibration.stored(rounding), calibration)
@@ -159,15 +161,21 @@ def quantize(decoder: ir.Model, settings: Settings, calibration: Calibration) ->
         place_quantizers(decoder, settings, precisions, rounding)
     names = {linear.node: linear.module for linear in linears}
     losses = {names[layer.node]: layer.error for layer in sensitivity}
-    return Quantization(_layers(decoder, linears, rotations), rounding, losses, linears)
+    return Quantization(_layers(decoder, linears, rotations), rounding, losses, linears, notes)
 
 
 def _raise_sensitive(
-    decoder: ir.Model, settings: Settings, precisions: dict[str, Precision], calibration: Calibration
+    decoder: ir.Model,
+    linears: list[DecoderLinear],
+    settings: Settings,
+    precisions: dict[str, Precision],
+    calibration: Calibration,
 ) -> list[Sensitivity]:
     """Measures the 4-bit layers and raises those that lose most, in `precisions`."""
     recipe = settings.recipe
-    schemes = _four_bit(precisions, recipe)
+    # What the user pinned stays as it is.
+    pinned = {x.node for x in linears if any(matches(x.module, pattern) for pattern in recipe.keep_precision)}
+    schemes = {node: scheme for node, scheme in _four_bit(precisions, recipe).items() if node not in pinned}
     measured = measure_sensitivity(
         calibration.walk("sensitivity", decoder, calibration.prompts),
         decoder,
@@ -215,22 +223,22 @@ def decoder_linears(decoder: ir.Model) -> list[DecoderLinear]:
     ]
 
 
-def rotate_decoder(decoder: ir.Model, settings: Settings) -> Mapping[str, LayerRotation]:
+def rotate_decoder(decoder: ir.Model, settings: Settings) -> tuple[Mapping[str, LayerRotation], list[str]]:
     """Rotates the decoder if the recipe says so.
 
     Returns:
-        What was folded into each linear layer, by node name; empty without rotation.
+        What was folded into each linear layer, by node name, and what could not be rotated, with the reason.
 
     Raises:
         RecipeError: The decoder has a structure that rotations cannot be folded into.
     """
     if settings.recipe.rotation == "none":
-        return {}
+        return {}, []
     try:
         result = Rotate(settings.group_size, seed=settings.recipe.seed)(decoder)
     except GraphError as error:
         raise RecipeError(f"this decoder cannot be rotated: {error}; use --recipe rtn") from error
-    return result.layers
+    return result.layers, [f"values of {x.node_name} are not rotated: {x.reason}" for x in result.refused]
 
 
 def choose_precisions(linears: list[DecoderLinear], recipe: Recipe) -> dict[str, Precision]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +15,7 @@ from qavp_export.errors import RecipeError
 from qavp_export.numerics.score import ScoreInput
 from qavp_export.numerics.select import Select
 from qavp_export.numerics.semantic import Scorer
+from qavp_export.safetensors_index import shown
 
 Precision: TypeAlias = Literal["w4a4", "w4a8", "w4a16", "w8a8", "w8a16", "float"]
 
@@ -157,7 +159,7 @@ def make_recipe(preset: str, overrides: Mapping[str, Any]) -> Recipe:
         if not field:
             raise RecipeError(message) from error
         message = message[:1].lower() + message[1:]
-        raise RecipeError(f"{field} = {first['input']!r} is not valid: {message}") from error
+        raise RecipeError(f"{field} = {shown(reprlib.repr(first['input']))} is not valid: {message}") from error
 
 
 def describe_fields() -> dict[str, dict[str, Any]]:

@@ -23,7 +23,11 @@ def _manifest() -> Manifest:
         decoder=DecoderSpec(1, 1, 8, 8, 10, 32, [2], 0),
         components={},
         precision={"decoder:/a": "w4a4"},
+        weight_error={"model.layers.0.mlp.up_proj": 0.1},
+        notes=[],
+        calibration={"data": "pictures", "sha256": "0" * 64, "prompts": 2, "sensitivity": {}},
         checkpoint_bytes=1,
+        checkpoint_quantization={"layout": "gptq"},
         parity={"verdict": "PASS"},
         versions={},
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qavp_export.errors import RecipeError
 from qavp_export.families import FAMILIES, Plan
-from qavp_export.recipe import PRESETS, make_recipe
+from qavp_export.recipe import DEFAULT_PRESET, PRESETS, Recipe, describe_fields, make_recipe, read_preset
 from qavp_export.settings import settle
 
 LLAVA = FAMILIES["llava"]
@@ -41,9 +42,124 @@ def test_defaults_are_the_mission() -> None:
     assert settings.recipe.lm_head == "w8a16"
 
 
+# decoder, lm_head, rotation, algorithm, size budget: what the README's table and `--list-recipes` promise.
+PROMISED = {
+    "rtn": ("w4a4", "w8a16", "none", "rtn", None),
+    "rotate": ("w4a4", "w8a16", "hadamard", "sink", None),
+    "gptq": ("w4a4", "w8a16", "hadamard", "gptq", None),
+    "auto": ("w4a4", "w8a16", "hadamard", "gptq", 0.05),
+    "w4a8": ("w4a8", "w8a16", "hadamard", "sink", None),
+    "w4a16": ("w4a16", "w8a16", "hadamard", "sink", None),
+    "w8a8": ("w8a8", "w8a16", "hadamard", "rtn", None),
+    "none": ("float", "float", "none", "rtn", None),
+}
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-def test_presets_are_valid(preset: str) -> None:
-    assert make_recipe(preset, {}).name == preset
+def test_presets_are_what_they_promise(preset: str) -> None:
+    recipe = make_recipe(preset, {})
+    assert recipe.name == preset
+    actual = (recipe.decoder, recipe.lm_head, recipe.rotation, recipe.algorithm, recipe.size_budget)
+    assert actual == PROMISED[preset]
+    assert recipe.needs_calibration == (preset in ("gptq", "auto"))
+    # Weights are clipped where that lowers their error, unless the user says otherwise.
+    assert recipe.clip_search
+    assert not make_recipe(preset, {"clip_search": False}).clip_search
+    description = read_preset(preset)["description"]
+    assert isinstance(description, str)
+    assert len(description) < 100
+
+
+def test_the_default_is_rotate() -> None:
+    assert DEFAULT_PRESET == "rotate"
+    # Fields that no preset sets have the same default everywhere.
+    assert make_recipe("rotate", {}) == Recipe()
+
+
+def test_every_field_is_documented() -> None:
+    described = describe_fields()
+    assert described.keys() == Recipe.model_fields.keys()
+    for name, field in described.items():
+        assert len(field["meaning"]) > 20, name
+    assert described["keep"]["default"] == 0.125
+    assert described["keep_precision"]["default"] == {}
+
+
+def _file(folder: Path, text: str | bytes, name: str = "mine.yaml") -> str:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def test_a_recipe_file_is_a_preset_of_ones_own(tmp_path: Path) -> None:
+    text = """
+        description: what my team uses
+        decoder: w4a8
+        keep: 0.25
+        keep_precision:
+          layers.0.mlp.down_proj: w8a8
+          "*.o_proj": float
+    """
+    path = _file(tmp_path, text.replace("\n        ", "\n"))
+    recipe = make_recipe(path, {"keep": 0.5, "seed": None})
+    # What is given on the command line wins; None is not given.
+    assert (recipe.name, recipe.decoder, recipe.keep, recipe.seed) == ("mine", "w4a8", 0.5, 0)
+    # In order: the first match wins.
+    assert list(recipe.keep_precision.items()) == [("layers.0.mlp.down_proj", "w8a8"), ("*.o_proj", "float")]
+    assert make_recipe(_file(tmp_path, "name: shared\nalpha: 1", "x.yml"), {}).name == "shared"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("keeep: 0.5", "keeep = 0.5 is not valid: extra inputs are not permitted"),
+        ("keep: much", "keep = 'much' is not valid: input should be a valid number"),
+        ("name: [1]", "name = [1] is not valid: input should be a valid string"),
+        ("1: 2", "1 = 1 is not valid: keys should be strings"),
+        ("keep_precision: {q_proj: w3a3}", "keep_precision.q_proj = 'w3a3' is not valid: input should be 'w4a4'"),
+        ("keep_precision: [q_proj]", "keep_precision = ['q_proj'] is not valid"),
+        ("", "is not a mapping of fields; see qavp-export --list-recipes"),
+        ("- keep", "is not a mapping of fields"),
+        ("keep: [", "is not valid YAML"),
+        ("keep: 1\n---\nkeep: 0.5", "is not valid YAML (expected a single document"),
+        ("!!python/object/apply:os.getcwd []", "is not valid YAML (could not determine a constructor"),
+        ("keep: 2026-13-01", "is not valid YAML (month must be in 1..12)"),
+        (f"seed: {'9' * 5000}", "is not valid YAML (Exceeds the limit"),
+        ("[" * 1200, "is not valid YAML (maximum recursion depth exceeded"),
+        (b"keep: \xff", "cannot be read ('utf-8' codec"),
+        ("#" * 1_000_001, "is larger than 1000000 bytes; that is no recipe"),
+    ],
+)
+def test_a_bad_recipe_file_is_one_clear_line(tmp_path: Path, text: str | bytes, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(_file(tmp_path, text), {})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["absent.yaml", "folder.yaml"])
+def test_a_recipe_file_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(RecipeError, match=rf"{name} cannot be read .*; check the path"):
+        make_recipe(str(tmp_path / name), {})
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message"),
+    [
+        ("gptq", {"decoder": "w8a8"}, "algorithm gptq rounds 4-bit weights"),
+        ("gptq", {"decoder": "float"}, "algorithm gptq rounds 4-bit weights"),
+        ("w8a8", {"size_budget": 0.1}, "size_budget raises 4-bit layers"),
+        ("none", {"size_budget": 0.1}, "size_budget raises 4-bit layers"),
+        ("w4a8", {"format": "nvfp4"}, "format nvfp4 goes with decoder w4a4"),
+        ("gptq", {"format": "nvfp4"}, "format nvfp4 goes with decoder w4a4"),
+        ("rotate", {"format": "nvfp4", "size_budget": 0.1}, "format nvfp4 goes with decoder w4a4"),
+    ],
+)
+def test_contradictions_are_refused(preset: str, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(preset, overrides)
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +173,12 @@ def test_presets_are_valid(preset: str) -> None:
         ({"semantic": "vibes"}, "semantic = 'vibes'"),
         ({"score_input": "log"}, "score_input = 'log'"),
         ({"group_size": 0}, "group_size = 0"),
+        ({"seed": -1}, "seed = -1"),
+        ({"damping": 0.0}, "damping = 0.0 is not valid: input should be greater than 0"),
+        ({"size_budget": 1.5}, "size_budget = 1.5"),
+        ({"calibration_samples": 0}, "calibration_samples = 0"),
+        ({"scales": "three-level"}, "scales = 'three-level'"),
+        ({"rotation": "givens"}, "rotation = 'givens'"),
         ({"keeep": 0.5}, "keeep = 0.5 is not valid: extra inputs"),
     ],
 )
@@ -68,7 +190,7 @@ def test_wrong_values_name_the_field(overrides: dict[str, Any], message: str) ->
 
 
 def test_unknown_preset_names_the_known() -> None:
-    with pytest.raises(RecipeError, match="unknown recipe 'gptq9'; choose one of rtn, none"):
+    with pytest.raises(RecipeError, match=r"unknown recipe 'gptq9'; choose one of rtn, .*, none, or give a \.yaml"):
         make_recipe("gptq9", {})
 
 

@@ -94,6 +94,7 @@ def summary(manifest: Manifest, bundle: Path) -> dict[str, Any]:
         "recipe": manifest.recipe,
         "decoder_linears": dict(Counter(decoder)),
         "weight_error": _error_summary(manifest.weight_error),
+        "notes": manifest.notes,
         "calibration": manifest.calibration,
         "checkpoint_quantization": manifest.checkpoint_quantization,
         "checkpoint_bytes": manifest.checkpoint_bytes,
@@ -117,6 +118,8 @@ def print_summary(manifest: Manifest, bundle: Path, title: str) -> None:
         table.add_row("weight error", _error_line(facts["weight_error"], manifest.checkpoint_quantization))
     if manifest.calibration is not None:
         table.add_row("calibrated on", f"{manifest.calibration['prompts']} prompts of {manifest.calibration['data']}")
+    for note in manifest.notes:
+        table.add_row("note", note)
     table.add_row("size", f"{megabytes(manifest.checkpoint_bytes)} -> {megabytes(facts['bundle_bytes'])}")
     for component, count in facts["component_bytes"].items():
         table.add_row(f"  {component}/{GRAPH_NAME}", megabytes(count))

@@ -12,8 +12,23 @@ import onnxruntime as ort
 import pytest
 
 from qavp_export.errors import GraphError
-from qavp_export.numerics.two_level import quantize_grouped_8bit, quantize_two_level
-from qavp_export.passes import W4A4, W8A16, FoldWeightTransposes, PlaceQdq, StoreHalf, realized_precision
+from qavp_export.numerics.clip import quantize_one_level_clipped, quantize_two_level_clipped
+from qavp_export.numerics.one_level import OneLevel, quantize_one_level
+from qavp_export.numerics.two_level import TwoLevel, quantize_two_level
+from qavp_export.passes import (
+    SCHEMES,
+    W4A4,
+    W4A8,
+    W4A16,
+    W8A8,
+    W8A16,
+    FoldWeightTransposes,
+    PlaceQdq,
+    RoundWeights,
+    Scheme,
+    StoreHalf,
+    realized_precision,
+)
 
 K, N, GROUP = 96, 67, 32
 
@@ -57,6 +72,12 @@ def _weights(model: ir.Model) -> tuple[np.ndarray, np.ndarray]:
     return initializers["w"].const_value.numpy().T.copy(), initializers["v"].const_value.numpy().copy()
 
 
+def _weights_folded(model: ir.Model) -> list[np.ndarray]:
+    """Returns the weights of all linear layers as [N, K]."""
+    values = [node.inputs[1] for node in model.graph if node.op_type == "MatMul"]
+    return [value.const_value.numpy().T.copy() for value in values]
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(7)
@@ -72,31 +93,18 @@ def test_w4a4_equals_the_reference(tmp_path: Path, rng: np.random.Generator, ops
     model = _two_linears(rng, opset)
     first, second = _weights(model)
     FoldWeightTransposes()(model)
-    result = PlaceQdq(GROUP)(model)
+    result = PlaceQdq(GROUP, quantizer=RoundWeights(clip_search=False))(model)
     assert (result.matched, result.refused) == (2, [])
     x = rng.standard_normal((2, 5, K)).astype(np.float32)
     x[0, 1] = 0
     x[1, 2, 7] = 1e4
     a, b = _run(model, tmp_path, x)
-    # The codes agree exactly (test below), so what differs is the order of float32 sums over K = 96 terms.
+    # The codes agree exactly (tests below), so what differs is the order of float32 sums over K = 96 terms.
     xq = quantize_two_level(x, GROUP).dequantize().astype(np.float64)
     for actual, weight in ((a, first), (b, second)):
         expected = xq @ quantize_two_level(weight, GROUP).dequantize().T.astype(np.float64)
         bound = np.abs(xq) @ np.abs(weight).T * 1e-6 + 1e-6
         assert (np.abs(actual - expected) <= bound).all()
-
-
-def test_stored_integers_equal_the_reference_exactly(rng: np.random.Generator) -> None:
-    model = _two_linears(rng)
-    first, _ = _weights(model)
-    PlaceQdq(GROUP, (("first", W4A4),))(model)
-    expected = quantize_two_level(first, GROUP)
-    parts = {name: value.const_value for name, value in model.graph.initializers.items()}
-    assert parts["w.codes"].dtype == ir.DataType.INT4
-    assert parts["w.multipliers"].dtype == ir.DataType.UINT4
-    np.testing.assert_array_equal(parts["w.codes"].numpy().astype(np.int8), expected.codes.T)
-    np.testing.assert_array_equal(parts["w.multipliers"].numpy().astype(np.uint8), expected.multipliers.T)
-    np.testing.assert_array_equal(parts["w.steps"].numpy(), expected.steps)
 
 
 def test_run_time_codes_and_scales_equal_the_reference_exactly(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -118,14 +126,142 @@ def test_run_time_codes_and_scales_equal_the_reference_exactly(tmp_path: Path, r
     np.testing.assert_array_equal(dequantized, expected.dequantize())
 
 
-def test_w8a16_equals_the_reference(tmp_path: Path, rng: np.random.Generator) -> None:
+ONE_LEVEL = {
+    f"{name}, one-level": Scheme(kind.weights, kind.activations, "one-level") for name, kind in SCHEMES.items()
+}
+ALL_SCHEMES = {**SCHEMES, **ONE_LEVEL}
+
+
+def _reference_weight(weight: np.ndarray, scheme: Scheme, *, clip: bool) -> TwoLevel | OneLevel:
+    """Numerics section 3 and the schemes' definition; 8-bit weights with 8-bit inputs have one scale per channel."""
+    if scheme.weights == "int8":
+        return quantize_one_level(weight, K if scheme.activations == "int8" else GROUP, 8)
+    if scheme.scales == "two-level":
+        return quantize_two_level_clipped(weight, GROUP) if clip else quantize_two_level(weight, GROUP)
+    return quantize_one_level_clipped(weight, GROUP) if clip else quantize_one_level(weight, GROUP, 4)
+
+
+def _reference_activation(x: np.ndarray, scheme: Scheme) -> np.ndarray:
+    if scheme.activations is None:
+        return x
+    if scheme.activations == "int8":
+        return quantize_one_level(x, K, 8).dequantize()
+    return (
+        quantize_two_level(x, GROUP) if scheme.scales == "two-level" else quantize_one_level(x, GROUP, 4)
+    ).dequantize()
+
+
+@pytest.mark.parametrize("opset", [21, 23])
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("name", ALL_SCHEMES)
+def test_every_scheme_equals_the_reference(
+    tmp_path: Path, rng: np.random.Generator, name: str, clip: bool, opset: int
+) -> None:
+    scheme = ALL_SCHEMES[name]
+    model = _two_linears(rng, opset)
+    weight, _ = _weights(model)
+    PlaceQdq(GROUP, (("first", scheme),), RoundWeights(clip_search=clip))(model)
+    assert realized_precision(model)[0].precision == name.split(",")[0]
+    expected = _reference_weight(weight, scheme, clip=clip)
+    stored = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+    assert model.graph.initializers["w.codes"].dtype == getattr(ir.DataType, scheme.weights.upper())
+    np.testing.assert_array_equal(stored["w.codes"].astype(np.int8), expected.codes.T)
+    if isinstance(expected, TwoLevel):
+        np.testing.assert_array_equal(stored["w.multipliers"].astype(np.uint8), expected.multipliers.T)
+        np.testing.assert_array_equal(stored["w.steps"], expected.steps)
+    else:
+        np.testing.assert_array_equal(stored["w.scales"], expected.scales.T)
+    if scheme.activations is not None:
+        tapped = next(node.inputs[0] for node in model.graph if node.name == "first")
+        assert tapped is not None
+        model.graph.outputs.append(tapped)
+    x = rng.standard_normal((2, 5, K)).astype(np.float32) * 10.0 ** rng.integers(-6, 5, (2, 5, K)).astype(np.float32)
+    x[0, 1] = 0
+    x[1, 0, :GROUP] = 0
+    x[1, 2, 7] = 65504
+    actual, _, *quantized = _run(model, tmp_path, x)
+    inputs = _reference_activation(x, scheme)
+    for values in quantized:
+        np.testing.assert_array_equal(values, inputs)
+    # Codes and scales are equal, so what is left is the order of float32 sums over K = 96 terms.
+    product = inputs.astype(np.float64) @ expected.dequantize().T.astype(np.float64)
+    bound = np.abs(inputs.astype(np.float64)) @ np.abs(expected.dequantize()).T * 1e-6
+    assert (np.abs(actual - product) <= bound).all()
+    assert not actual[0, 1].any()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "quantizers"),
+    [
+        (W4A4, W4A4, 1),
+        (W4A4, W8A8, 2),
+        # The bits of the weight do not matter to the input.
+        (W4A8, W8A8, 1),
+        (W4A4, W4A16, 1),
+        (W4A16, W8A16, 0),
+        (W4A4, Scheme("int4", "int4", "one-level"), 2),
+        (W4A8, None, 1),
+    ],
+)
+def test_layers_on_one_input_share_a_quantization_if_they_quantize_alike(
+    tmp_path: Path, rng: np.random.Generator, first: Scheme, second: Scheme | None, quantizers: int
+) -> None:
     model = _two_linears(rng)
-    first, _ = _weights(model)
-    PlaceQdq(GROUP, (("first", W8A16),))(model)
+    FoldWeightTransposes()(model)
+    weights = _weights_folded(model)
+    PlaceQdq(GROUP, (("first", first), ("second", second)))(model)
+    assert sum(node.op_type == "QuantizeLinear" for node in model.graph) == quantizers
     x = rng.standard_normal((1, 3, K)).astype(np.float32)
-    actual = _run(model, tmp_path, x)[0]
-    expected = x.astype(np.float64) @ quantize_grouped_8bit(first, GROUP).dequantize().T
-    np.testing.assert_allclose(actual, expected, atol=1e-4)
+    for actual, weight, scheme in zip(_run(model, tmp_path, x), weights, (first, second), strict=True):
+        rounded = weight if scheme is None else _reference_weight(weight, scheme, clip=True).dequantize()
+        inputs = x if scheme is None else _reference_activation(x, scheme)
+        np.testing.assert_allclose(actual, inputs.astype(np.float64) @ rounded.T, atol=1e-4)
+
+
+def test_the_first_scheme_that_matches_wins_and_none_leaves_a_layer_float(rng: np.random.Generator) -> None:
+    model = _two_linears(rng)
+    FoldWeightTransposes()(model)
+    result = PlaceQdq(GROUP, (("f*", None), ("*", W4A8), ("second", W8A8)))(model)
+    assert result.matched == 1
+    assert [layer.precision for layer in realized_precision(model)] == ["float32", "w4a8"]
+
+
+def test_a_weight_that_layers_share_in_two_schemes_is_refused_to_the_second(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    model = _two_linears(rng)
+    FoldWeightTransposes()(model)
+    first, second = (node for node in model.graph if node.op_type == "MatMul")
+    second.replace_input_with(1, first.inputs[1])
+    result = PlaceQdq(GROUP, (("first", W4A4), ("second", W8A8)))(model)
+    assert [(refusal.node_name, refusal.reason) for refusal in result.refused] == [
+        ("second", "it shares its weight with a layer of another scheme")
+    ]
+    assert [layer.precision for layer in realized_precision(model)] == ["w4a4", "float32"]
+    _run(model, tmp_path, rng.standard_normal((1, 2, K)).astype(np.float32))
+
+
+def test_nodes_without_names_and_outputs_of_one_node_do_not_collide(tmp_path: Path, rng: np.random.Generator) -> None:
+    proto = onnx.parser.parse_model(f"""
+        <ir_version: 11, opset_import: ["": 23]>
+        halves (float[B,{2 * K}] x) => (float[B,{N}] a, float[B,{N}] b)
+        {{ l, r = Split <axis = 1, num_outputs = 2> (x)  a = MatMul (l, w)  b = MatMul (r, v) }}
+    """)
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    weights = {name: rng.standard_normal((K, N)).astype(np.float32) for name in ("w", "v")}
+    for node in model.graph:
+        node.name = None
+        for value in node.inputs:
+            if value is not None and value.name in weights:
+                tensor = ir.Tensor(weights[value.name], name=value.name)
+                value.const_value, value.shape, value.type = tensor, tensor.shape, ir.TensorType(tensor.dtype)
+                model.graph.register_initializer(value)
+    assert PlaceQdq(GROUP)(model).matched == 2
+    x = rng.standard_normal((3, 2 * K)).astype(np.float32)
+    for actual, half, weight in zip(_run(model, tmp_path, x), np.split(x, 2, axis=1), weights.values(), strict=True):
+        rounded = quantize_two_level_clipped(np.ascontiguousarray(weight.T), GROUP).dequantize()
+        inputs = quantize_two_level(half, GROUP).dequantize().astype(np.float64)
+        np.testing.assert_allclose(actual, inputs @ rounded.T, atol=1e-4)
 
 
 def test_layers_on_one_input_share_one_quantization(rng: np.random.Generator) -> None:

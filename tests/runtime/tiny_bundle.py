@@ -76,7 +76,11 @@ def write_bundle(folder: Path, positions: str = "contiguous", chat_template: str
         decoder=DecoderSpec(1, 1, HIDDEN, HIDDEN, VOCAB, CONTEXT, [EOS], PAD),
         components=components,
         precision={},
+        weight_error={},
+        notes=[],
+        calibration=None,
         checkpoint_bytes=0,
+        checkpoint_quantization=None,
         parity={},
         versions={},
     )
