@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from qavp_export import QavpModel, pipeline, quantization
+from qavp_export import QavpModel, pipeline
 from qavp_export.calibration import CalibrationItem, demo_calibration
 from qavp_export.calibration import gptq as gptq_calibration
 from qavp_export.calibration.prompts import embed_prompts
@@ -275,7 +275,7 @@ def test_gptq_calibrates_on_pruned_prompts(tmp_path: Path, tiny_llava: Path, mon
             seen.append((item, prompt))
             yield prompt
 
-    monkeypatch.setattr(quantization, "embed_prompts", spy)
+    monkeypatch.setattr(pipeline, "embed_prompts", spy)
     _export(tiny_llava, tmp_path / "bundle", "gptq", keep=0.3, calibration_samples=3, seed=5)
     assert tuple(item for item, _ in seen) == demo_calibration(3, 5).items
     bundle = QavpModel.from_bundle(tmp_path / "bundle")
