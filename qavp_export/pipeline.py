@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from qavp_export.bundle import BundleWriter
 from qavp_export.calibration import CalibrationSet, demo_calibration, read_calibration
-from qavp_export.calibration.prompts import embed_first_tokens, embed_prompts
+from qavp_export.calibration.prompts import embed_prompts, embed_text
 from qavp_export.checkpoint import Checkpoint
 from qavp_export.errors import BundleError, CheckpointError, ParityError, RecipeError
 from qavp_export.families import Family, Plan, family_for
@@ -41,8 +41,8 @@ from qavp_export.weights import CheckpointWeights
 # (stage, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
 
-# Sequences of one token that stand for whatever begins a prompt.
-_FIRST_TOKENS = 8
+# Sequences that stand for whatever begins a prompt, and their length.
+_OPENINGS = (8, 4)
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
@@ -107,8 +107,8 @@ def export(
             _write(writer, manifest, component, graphs, weights, progress)
         with writer.scratch() as scratch:
             prompts = embed(drawn, writer.folder, manifest, Path(scratch), progress)
-            first_tokens = embed_first_tokens(writer.folder, manifest, _first_tokens(source, recipe))
-            calibration = Calibration(prompts, first_tokens, Path(scratch), progress)
+            opened = embed_text(writer.folder, manifest, openings(source, recipe))
+            calibration = Calibration(prompts, opened, Path(scratch), progress)
             quantized = quantize(graphs["decoder"], settings, calibration)
             _write(writer, manifest, "decoder", graphs, weights, progress, quantized.rotated())
         progress("compare with PyTorch", 0, 1)
@@ -158,6 +158,16 @@ def embed(
         np.save(file, prompt["inputs_embeds"])
         prompts.append(prompt | {"inputs_embeds": np.load(file, mmap_mode="r")})
     return prompts
+
+
+def openings(source: Source, recipe: Recipe) -> npt.NDArray[np.int64]:
+    """Returns short sequences of random text tokens `[8,4]`; the token that begins prompts begins half of them."""
+    plan, bos = source.plan, source.tokenizer.bos_token_id
+    known = np.array([token for token in range(plan.vocab_size) if token not in (bos, plan.image_token_id)])
+    ids = np.random.Generator(np.random.PCG64(recipe.seed)).choice(known, _OPENINGS)
+    if bos is not None:
+        ids[: len(ids) // 2, 0] = bos
+    return ids
 
 
 def open_source(folder: Path, name: str) -> Source:
@@ -322,14 +332,6 @@ def _with_results(
         calibration=None if drawn is None else drawn.describe() | {"sensitivity": dict(quantized.sensitivity)},
         checkpoint_quantization=None if weights.prequantized is None else weights.prequantized.describe(),
     )
-
-
-def _first_tokens(source: Source, recipe: Recipe) -> list[int]:
-    """Returns text tokens that may begin a sequence: the one that begins all prompts, if any, and a few more."""
-    plan, bos = source.plan, source.tokenizer.bos_token_id
-    drawn = np.random.Generator(np.random.PCG64(recipe.seed)).permutation(plan.vocab_size)
-    known = [int(token) for token in drawn if token not in (bos, plan.image_token_id)]
-    return ([] if bos is None else [int(bos)]) + known[: _FIRST_TOKENS - (bos is not None)]
 
 
 def _token_ids(source: Source, key: str, fallback: int | None) -> list[int]:

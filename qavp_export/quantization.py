@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from qavp_export.calibration.gptq import GptqCalibration
 from qavp_export.calibration.sensitivity import Sensitivity, choose_raised, measure_sensitivity
-from qavp_export.calibration.sink import round_for_first_tokens
+from qavp_export.calibration.sink import round_for_openings
 from qavp_export.calibration.stored import StoredWeights
 from qavp_export.calibration.walk import Walk
 from qavp_export.errors import GraphError, QavpError, RecipeError
@@ -101,13 +101,13 @@ class Calibration:
 
     Attributes:
         prompts: The decoder's inputs for each calibration prompt; empty for recipes that need none.
-        first_tokens: The decoder's inputs for sequences of one token.
+        openings: The decoder's inputs for a few short text sequences.
         folder: A folder for what is kept on disk meanwhile.
         progress: Called with the stage, layers done and layers in all.
     """
 
     prompts: Sequence[Inputs]
-    first_tokens: Inputs
+    openings: Inputs
     folder: Path
     progress: Callable[[str, int, int], None]
 
@@ -153,9 +153,9 @@ def quantize(decoder: ir.Model, settings: Settings, calibration: Calibration) ->
         _round_by_gptq(decoder, settings, precisions, calibration.stored(rounding), calibration)
     elif recipe.algorithm == "sink" and schemes and recipe.format == "int":
         weights = calibration.stored(rounding)
-        walk = calibration.walk("first-tokens", decoder, [calibration.first_tokens])
-        progress = calibration.stage("round for the first token")
-        round_for_first_tokens(walk, decoder, schemes, settings.group_size, weights, progress)
+        walk = calibration.walk("openings", decoder, [calibration.openings])
+        progress = calibration.stage("round for the attention sink")
+        round_for_openings(walk, decoder, schemes, settings.group_size, weights, progress)
         place_quantizers(decoder, settings, precisions, weights)
     else:
         place_quantizers(decoder, settings, precisions, rounding)

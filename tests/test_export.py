@@ -33,7 +33,6 @@ from qavp_export.passes import quantizer, two_level_scale
 from qavp_export.recipe import make_recipe
 from qavp_export.verify import verify
 from tests.models.tiny import TinySpec, make_llava
-from tests.models.traces import traced_once
 
 ExportTo = Callable[..., Manifest]
 VARIANTS = {
@@ -47,13 +46,6 @@ VARIANTS = {
 # Of a logit: float32 sums in another order; rotations add sums of their own. 2e-5 was seen,
 # of logits up to 10.
 LOGIT_ROUNDING = 1e-4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def real_trace() -> Iterator[Callable[..., Any]]:
-    """Every configuration is traced once; the value is what traces anew."""
-    with traced_once() as original:
-        yield original
 
 
 @pytest.fixture(scope="module")

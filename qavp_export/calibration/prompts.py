@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +57,22 @@ def embed_prompts(bundle: Path, manifest: Manifest, items: tuple[CalibrationItem
         }
 
 
-def embed_first_tokens(bundle: Path, manifest: Manifest, token_ids: Sequence[int]) -> dict[str, Array]:
-    """Embeds tokens as sequences of one token each.
+def embed_text(bundle: Path, manifest: Manifest, token_ids: npt.NDArray[np.int64]) -> dict[str, Array]:
+    """Embeds sequences of text tokens.
 
     Args:
         bundle: The folder with the embedding's graph.
         manifest: What is known of the bundle.
-        token_ids: R text tokens.
+        token_ids: `[B,S]`, no image placeholder among them.
 
     Returns:
-        The decoder's inputs with an empty cache, batch size R.
+        The decoder's inputs with an empty cache.
     """
-    ids = np.array(token_ids, np.int64)[:, None]
     no_images = np.zeros((0, manifest.vision_tokens.after, manifest.decoder.hidden_size), np.float32)
-    embeds = OrtEncoders(bundle, manifest, EngineOptions()).embed(ids, no_images)
-    mask, positions = np.ones_like(ids), np.zeros_like(ids)
-    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
-    return inputs | _empty_cache(manifest.decoder, len(ids))
+    embeds = OrtEncoders(bundle, manifest, EngineOptions()).embed(token_ids, no_images)
+    positions = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)
+    inputs = {"inputs_embeds": embeds, "attention_mask": np.ones_like(token_ids), "position_ids": positions}
+    return inputs | _empty_cache(manifest.decoder, len(token_ids))
 
 
 def _empty_cache(spec: DecoderSpec, batch: int) -> dict[str, Array]:

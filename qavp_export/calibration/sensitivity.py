@@ -63,7 +63,7 @@ def measure_sensitivity(
 
 
 def choose_raised(measured: list[Sensitivity], budget: float) -> list[Sensitivity]:
-    """Chooses the layers to raise from 4 to 8 bit: largest error first, as long as they fit the budget.
+    """Chooses the layers to raise from 4 to 8 bit: largest error per element first, as long as they fit the budget.
 
     Args:
         measured: All layers at 4 bit.
@@ -71,7 +71,7 @@ def choose_raised(measured: list[Sensitivity], budget: float) -> list[Sensitivit
     """
     left = budget * sum(layer.size for layer in measured)
     raised = []
-    for layer in sorted(measured, key=lambda layer: (-layer.error, layer.node)):
+    for layer in sorted(measured, key=lambda layer: (-layer.error / layer.size, layer.node)):
         # From 4 to 8 bit a weight grows by its own size.
         if layer.size <= left:
             raised.append(layer)

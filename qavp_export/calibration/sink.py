@@ -1,9 +1,10 @@
-"""Rounds weights so that what the first token of a sequence yields stays what it was; needs no data.
+"""Rounds weights so that what the first tokens of a sequence yield stays what it was; needs no data.
 
 The first token draws most of the attention in most heads (Xiao et al., "Efficient Streaming Language Models with
 Attention Sinks", 2024) and has activations like no other token (Sun et al., "Massive Activations in Large Language
 Models", 2024): behind the norm they are nearly the same whatever the token is, and its values are small because large
-terms cancel. Rounding to nearest breaks that cancellation, and attention spreads the error to every other token.
+terms cancel. Rounding to nearest breaks that cancellation, and attention spreads the error to every other token. Random
+tokens behind it stand for all others.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from qavp_export.passes import Scheme
 from qavp_export.passes.quantizer import relative_error, squared_error
 
 
-def round_for_first_tokens(
+def round_for_openings(
     walk: Walk,
     model: ir.Model,
     schemes: Mapping[str, Scheme],
@@ -32,7 +33,7 @@ def round_for_first_tokens(
     """Rounds the 4-bit weights of a decoder.
 
     Args:
-        walk: A walk over the float model, rotated already, on sequences of one token.
+        walk: A walk over the float model, rotated already, on a few short sequences; all their tokens count.
         model: That model.
         schemes: The scheme of each layer by node name.
         group_size: Channels that share a scale.

@@ -31,6 +31,8 @@ DEFAULT_RIDGE = 0.1
 ROWS_PER_PASS = 1024
 # Input channels whose r x r systems are solved together: 16 MB in float64 at 32 inputs.
 SOLVE_BLOCK = 1024
+# Input channels whose mutual corrections are applied one by one; the others go as matrix products.
+BLOCK_SIZE = 32
 
 
 def sink_two_level(weight: Float32, inputs: Float32, group_size: int, ridge: float = DEFAULT_RIDGE) -> TwoLevel:
@@ -135,19 +137,21 @@ def _round(wanted: Float32, scales: Float32, group: npt.NDArray[np.intp], gains:
     divisors = np.ascontiguousarray(np.where(scales > 0, scales, np.float32(1)).T)
     codes = np.empty(wanted.shape, np.int8)
     outputs = np.zeros((gains.shape[1], wanted.shape[1]), np.float32)
-    update, target = np.empty_like(outputs), np.empty(wanted.shape[1], np.float32)
-    for i, (row, gain, direction) in enumerate(zip(wanted, gains, directions, strict=True)):
-        divisor = divisors[group[i]]
-        np.dot(gain, outputs, out=target)
-        np.subtract(row, target, out=target)
-        np.divide(target, divisor, out=target)
-        np.rint(target, out=target)
-        np.clip(target, CODE_MIN, CODE_MAX, out=target)
-        codes[i] = target
-        np.multiply(target, divisor, out=target)
-        np.subtract(target, row, out=target)
-        np.multiply(direction[:, None], target, out=update)
-        np.add(outputs, update, out=outputs)
+    for start in range(0, wanted.shape[0], BLOCK_SIZE):
+        block = slice(start, start + BLOCK_SIZE)
+        targets = wanted[block] - gains[block] @ outputs
+        ratios = gains[block] @ directions[block].T
+        errors = np.empty_like(targets)
+        for i, target in enumerate(targets):
+            divisor = divisors[group[start + i]]
+            target -= ratios[i, :i] @ errors[:i]
+            target /= divisor
+            np.rint(target, out=target)
+            np.clip(target, CODE_MIN, CODE_MAX, out=target)
+            codes[start + i] = target
+            target *= divisor
+            np.subtract(target, wanted[start + i], out=errors[i])
+        outputs += directions[block].T @ errors
     return codes
 
 

@@ -81,13 +81,14 @@ LAYERS = [
     [
         (0.0, []),
         (0.05, []),
-        # Of 1,000 weights 100 may be raised: c loses most of those that fit.
+        # Of 1,000 weights 100 may be raised: c loses most for its size.
         (0.1, ["c"]),
-        # b is before d by its name; d does not fit any more, but c does.
-        (0.4, ["b", "c"]),
-        (0.5, ["b", "c", "a"]),
-        (0.7, ["b", "d"]),
-        (1.0, ["b", "d", "c", "a", "e"]),
+        (0.4, ["c", "b"]),
+        # a and d lose the same for their sizes; a is first by its name.
+        (0.5, ["c", "b", "a"]),
+        # d does not fit any more, but e does.
+        (0.7, ["c", "b", "a", "e"]),
+        (1.0, ["c", "b", "a", "d", "e"]),
     ],
 )
 def test_the_worst_are_raised_first_within_the_budget(budget: float, raised: list[str]) -> None:
