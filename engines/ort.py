@@ -26,31 +26,23 @@ _NVFP4 = "nvfp4"
 _Values = dict[str, ort.OrtValue]
 
 
-class OrtEncoders:
-    """Runs what comes before a bundle's decoder: vision encoder and embedding."""
+class OrtEmbedding:
+    """Runs a bundle's embedding."""
 
     def __init__(self, bundle: Path, manifest: Manifest, options: EngineOptions) -> None:
-        """Opens the graphs.
+        """Opens the graph.
 
         Raises:
-            BundleError: A graph is missing, cannot be opened, or lacks an input or output of the contract.
+            BundleError: The graph is missing, cannot be opened, or lacks an input or output of the contract.
             InputError: An option is out of range.
         """
         self._settings = session_options(options)
-        self._vision = _open(
-            bundle, manifest, "vision_encoder", self._settings, ["pixel_values"], ["image_features", "kept_indices"]
-        )
         inputs = ["input_ids", "image_features"]
         self._embedding = _open(bundle, manifest, "embedding", self._settings, inputs, ["inputs_embeds"])
         self._image_token_id = manifest.vision_tokens.image_token_id
 
-    def encode_images(self, pixel_values: FloatArray) -> tuple[FloatArray, IntArray]:
-        """See `Engine.encode_images`."""
-        outputs = self._vision.run({"pixel_values": _value(pixel_values, np.float32)})
-        return outputs["image_features"].numpy(), outputs["kept_indices"].numpy()
-
     def embed(self, input_ids: IntArray, image_features: FloatArray) -> FloatArray:
-        """See `Engine.embed`."""
+        """See `Encoders.embed`."""
         placeholders = int(np.count_nonzero(input_ids == self._image_token_id))
         features = image_features.shape[0] * image_features.shape[1]
         if placeholders != features:
@@ -64,6 +56,21 @@ class OrtEncoders:
         }
         embeds: FloatArray = self._embedding.run(inputs)["inputs_embeds"].numpy()
         return embeds
+
+
+class OrtEncoders(OrtEmbedding):
+    """Runs what comes before a bundle's decoder: vision encoder and embedding."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, options: EngineOptions) -> None:
+        """Opens the graphs; see `OrtEmbedding`."""
+        super().__init__(bundle, manifest, options)
+        outputs = ["image_features", "kept_indices"]
+        self._vision = _open(bundle, manifest, "vision_encoder", self._settings, ["pixel_values"], outputs)
+
+    def encode_images(self, pixel_values: FloatArray) -> tuple[FloatArray, IntArray]:
+        """See `Encoders.encode_images`."""
+        outputs = self._vision.run({"pixel_values": _value(pixel_values, np.float32)})
+        return outputs["image_features"].numpy(), outputs["kept_indices"].numpy()
 
 
 class OrtCpuEngine(OrtEncoders):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from qavp_export.numerics.clip import quantize_one_level_clipped, quantize_two_level_clipped
 from qavp_export.numerics.one_level import OneLevel, quantize_one_level
@@ -44,31 +46,22 @@ class RoundWeights:
 
     Args:
         clip_search: Whether 4-bit scales are chosen for the least squared error instead of the largest value.
-        threads: Threads that share the blocks of one weight.
 
     Attributes:
         errors: Relative error `norm2(W - W^) / norm2(W)` of each weight that was quantized so far, by initializer name.
     """
 
-    def __init__(self, *, clip_search: bool = True, threads: int | None = None) -> None:
+    def __init__(self, *, clip_search: bool = True) -> None:
         self.errors: dict[str, float] = {}
         self._clip_search = clip_search
-        self._threads = threads
 
     def __call__(self, weight: ir.Value, scheme: Scheme, group_size: int) -> Quantized:
         """See `WeightQuantizer`."""
         values = by_output_channel(weight)
         quantize = self._rounding(scheme, scheme.weight_group(values.shape[1], group_size))
-
-        def one(rows: slice) -> tuple[Quantized, float, float]:
-            block = values[rows]
-            quantized = quantize(block)
-            return quantized, *squared_error(block, quantized)
-
-        with ThreadPoolExecutor(self._threads) as pool:
-            parts = list(pool.map(one, _row_blocks(values)))
-        self.errors[str(weight.name)] = relative_error(sum(part[1] for part in parts), sum(part[2] for part in parts))
-        return _joined([part[0] for part in parts])
+        rows = max(1, _BLOCK // values.shape[1])
+        quantized, self.errors[str(weight.name)] = quantize_rows(values, quantize, rows)
+        return quantized
 
     def _rounding(self, scheme: Scheme, group_size: int) -> Callable[[Float32], Quantized]:
         if scheme.weights == "int8":
@@ -79,6 +72,30 @@ class RoundWeights:
         if self._clip_search:
             return lambda block: quantize_one_level_clipped(block, group_size)
         return lambda block: quantize_one_level(block, group_size, 4)
+
+
+def quantize_rows(values: Float32, quantize: Callable[[Float32], Quantized], rows: int) -> tuple[Quantized, float]:
+    """Quantizes a weight by blocks of rows, on as many threads as there are cores.
+
+    Args:
+        values: `[N,K]`.
+        quantize: Quantizes a block; rows do not depend on one another.
+        rows: Rows of a block.
+
+    Returns:
+        The quantized weight, and its relative error.
+    """
+
+    def one(start: int) -> tuple[Quantized, float, float]:
+        block = values[start : start + rows]
+        quantized = quantize(block)
+        return quantized, *squared_error(block, quantized)
+
+    # BLAS threads of its own would wait for one another at every small product.
+    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(one, range(0, len(values), rows)))
+    error = relative_error(sum(part[1] for part in parts), sum(part[2] for part in parts))
+    return _joined([part[0] for part in parts]), error
 
 
 def quantize_activation(values: Float32, scheme: Scheme, group_size: int) -> Float32:
@@ -102,12 +119,6 @@ def squared_error(values: Float32, quantized: Quantized) -> tuple[float, float]:
 def relative_error(error: float, size: float) -> float:
     """Returns the root of a ratio of squared norms; 0 for a weight of zeros."""
     return float(np.sqrt(error / size)) if size > 0 else 0.0
-
-
-def _row_blocks(values: Float32) -> Iterator[slice]:
-    step = max(1, _BLOCK // values.shape[1])
-    for start in range(0, values.shape[0], step):
-        yield slice(start, start + step)
 
 
 def _joined(parts: list[Quantized]) -> Quantized:

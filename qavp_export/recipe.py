@@ -21,7 +21,7 @@ Precision: TypeAlias = Literal["w4a4", "w4a8", "w4a16", "w8a8", "w8a16", "float"
 
 DEFAULT_PRESET = "rotate"
 # The order of `--list-recipes`.
-PRESETS = ("rtn", "rotate", "gptq", "auto", "w4a8", "w4a16", "w8a8", "none")
+PRESETS = ("rtn", "rotate", "gptq", "auto", "w4a8", "w4a16", "w8a8", "nvfp4", "none")
 
 _RECIPE_LIMIT = 1_000_000
 

@@ -51,6 +51,7 @@ PROMISED = {
     "w4a8": ("w4a8", "w8a16", "hadamard", "sink", None),
     "w4a16": ("w4a16", "w8a16", "hadamard", "sink", None),
     "w8a8": ("w8a8", "w8a16", "hadamard", "rtn", None),
+    "nvfp4": ("w4a4", "w8a16", "none", "rtn", None),
     "none": ("float", "float", "none", "rtn", None),
 }
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from qavp_export.calibration.data import CalibrationItem
 from qavp_export.engines import EngineOptions
-from qavp_export.engines.ort import OrtEncoders
+from qavp_export.engines.ort import OrtEmbedding, OrtEncoders
 from qavp_export.errors import CalibrationError, ImageError, PromptError
 from qavp_export.manifest import DecoderSpec, Manifest
 from qavp_export.runtime.preparation import Preparer
@@ -69,9 +69,10 @@ def embed_text(bundle: Path, manifest: Manifest, token_ids: npt.NDArray[np.int64
         The decoder's inputs with an empty cache.
     """
     no_images = np.zeros((0, manifest.vision_tokens.after, manifest.decoder.hidden_size), np.float32)
-    embeds = OrtEncoders(bundle, manifest, EngineOptions()).embed(token_ids, no_images)
+    embeds = OrtEmbedding(bundle, manifest, EngineOptions()).embed(token_ids, no_images)
     positions = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)
-    inputs = {"inputs_embeds": embeds, "attention_mask": np.ones_like(token_ids), "position_ids": positions}
+    mask = np.ones_like(token_ids)
+    inputs: dict[str, Array] = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
     return inputs | _empty_cache(manifest.decoder, len(token_ids))
 
 

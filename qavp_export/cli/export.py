@@ -61,7 +61,7 @@ def export_command(
     model: ModelOption = None,
     keep: KeepOption = None,
     output: OutputOption = None,
-    recipe: RecipeOption = DEFAULT_PRESET,
+    recipe: RecipeOption = None,
     format_: FormatOption = None,
     keep_precision: KeepPrecisionOption = None,
     calibration: CalibrationOption = None,
@@ -110,6 +110,8 @@ def export_command(
             "calibration_samples": calibration_samples,
             "size_budget": size_budget,
         }
+        # A format that is asked for alone comes with the recipe that was measured to suit it.
+        recipe = recipe or ("nvfp4" if format_ == "nvfp4" else DEFAULT_PRESET)
         origin = _Origin(model, revision, offline)
         if dry_run:
             _dry_run(origin, recipe, overrides, as_json)

@@ -15,12 +15,13 @@ OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", help="Bundle folder. [default: MODEL-keepKEEP-RECIPE]")
 ]
 RecipeOption = Annotated[
-    str, typer.Option(help="A name from --list-recipes, or a YAML file like those.", metavar="NAME|FILE")
+    str | None,
+    typer.Option(metavar="NAME|FILE", help="A name from --list-recipes, or a YAML file like those. [default: rotate]"),
 ]
 FormatOption = Annotated[
     str | None,
     typer.Option(
-        "--format", help="int (integers, any CPU and GPU) or nvfp4 (NVIDIA compute capability 10+). [default: int]"
+        "--format", help="int (any CPU and GPU) or nvfp4 (NVIDIA compute capability 10+; recipe nvfp4). [default: int]"
     ),
 ]
 KeepPrecisionOption = Annotated[

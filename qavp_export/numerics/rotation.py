@@ -148,7 +148,7 @@ def _is_hadamard_order(size: int) -> bool:
 def _sylvester(doublings: int) -> Float64:
     matrix: Float64 = np.ones((1, 1))
     for _ in range(doublings):
-        matrix = np.asarray(np.block([[matrix, matrix], [matrix, -matrix]]), np.float64) / np.sqrt(2.0)
+        matrix = np.kron(matrix, np.array([[1.0, 1.0], [1.0, -1.0]])) * 2**-0.5
     return matrix
 
 

@@ -27,92 +27,93 @@ Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
 
 DEFAULT_RIDGE = 0.1
-# Output channels per pass: weights and codes of a pass take 60 MB at 11008 input channels.
-ROWS_PER_PASS = 1024
 # Input channels whose r x r systems are solved together: 16 MB in float64 at 32 inputs.
 SOLVE_BLOCK = 1024
 # Input channels whose mutual corrections are applied one by one; the others go as matrix products.
 BLOCK_SIZE = 32
 
 
-def sink_two_level(weight: Float32, inputs: Float32, group_size: int, ridge: float = DEFAULT_RIDGE) -> TwoLevel:
-    """Rounds a weight to the two-level grid that the clip search finds for it, keeping its outputs on some inputs.
-
-    Layers that read the same input can be stacked along N.
+class SinkRounding:
+    """Rounds weights that read the same inputs, by rows: rows do not depend on one another.
 
     Args:
-        weight: `[N, K]` float32; `group_size` divides K.
-        inputs: `[r, K]` float32, what the layer reads; a few, since the work grows with r. Zeros count for nothing:
-            with no others the weight is rounded to nearest.
-        group_size: Input channels that share a multiplier.
+        inputs: `[r, K]` float32, what the layers read; a few, since the work grows with r. Zeros count for nothing:
+            with no others weights are rounded to nearest.
         ridge: Weight of the rounding error itself against that of the outputs, as a fraction of the mean over the
             channels of `sum x^2`; positive.
 
-    Returns:
-        Codes, multipliers and steps; the latter two as `quantize_two_level_clipped` returns them.
-
-    Raises:
-        RecipeError: `group_size` does not divide K, or the ridge is not positive.
-        CalibrationError: Shapes do not match, or the weight or the inputs hold NaN or infinity.
-    """
-    _check(weight, inputs, ridge)
-    grid = quantize_two_level_clipped(weight, group_size)
-    codes = sink_codes(weight, grid.scales(), inputs, ridge)
-    return TwoLevel(codes, grid.multipliers, grid.steps)
-
-
-def sink_one_level(weight: Float32, inputs: Float32, group_size: int, ridge: float = DEFAULT_RIDGE) -> OneLevel:
-    """Rounds a weight to 4-bit codes with a float scale per group; otherwise as `sink_two_level`.
-
-    Args:
-        weight: `[N, K]` float32; `group_size` divides K.
-        inputs: `[r, K]` float32.
-        group_size: Input channels that share a scale.
-        ridge: As for `sink_two_level`.
-
-    Returns:
-        Codes and scales; the latter as `quantize_one_level_clipped` returns them.
-
-    Raises:
-        RecipeError: As for `sink_two_level`.
-        CalibrationError: As for `sink_two_level`.
-    """
-    _check(weight, inputs, ridge)
-    scales = quantize_one_level_clipped(weight, group_size).scales
-    return OneLevel(sink_codes(weight, scales, inputs, ridge), scales)
-
-
-def sink_codes(weight: Float32, scales: Float32, inputs: Float32, ridge: float = DEFAULT_RIDGE) -> Int8:
-    """Rounds a weight on a given grid, keeping its outputs on some inputs.
-
-    Args:
-        weight: `[N, K]` float32.
-        scales: `[N, groups]` float32; a scale of 0 counts as 1. The number of groups divides K.
-        inputs: `[r, K]` float32.
-        ridge: As for `sink_two_level`.
-
-    Returns:
-        `[N, K]` int8 in [-8, 7].
+    Attributes:
+        channels: Input channels, K.
 
     Raises:
         RecipeError: The ridge is not positive.
-        CalibrationError: As for `sink_two_level`.
+        CalibrationError: The inputs have another shape, or hold NaN or infinity.
     """
-    _check(weight, inputs, ridge)
-    rows, channels = weight.shape
-    if scales.shape[0] != rows or scales.ndim != 2 or channels % max(scales.shape[1], 1):
-        raise CalibrationError(f"scales of shape {list(scales.shape)} do not fit a weight of {list(weight.shape)}")
-    # Loudest first, as in GPTQ: the quiet channels that remain can still make up for them. Stable: a tie keeps order.
-    order = np.argsort(-np.einsum("rk,rk->k", inputs, inputs, dtype=np.float64), kind="stable")
-    ordered = np.ascontiguousarray(inputs.T[order].astype(np.float64))
-    gains, directions = _gains(ordered, ridge), ordered.astype(np.float32)
-    group = order // (channels // scales.shape[1])
-    codes = np.empty(weight.shape, np.int8)
-    for start in range(0, rows, ROWS_PER_PASS):
-        chosen = slice(start, start + ROWS_PER_PASS)
-        wanted = np.ascontiguousarray(weight[chosen].astype(np.float32, copy=False).T[order])
-        codes[chosen, order] = _round(wanted, scales[chosen], group, gains, directions).T
-    return codes
+
+    def __init__(self, inputs: Float32, ridge: float = DEFAULT_RIDGE) -> None:
+        if not 0 < ridge < np.inf:
+            raise RecipeError(f"the ridge of the sink rounding is {ridge}; it must be positive")
+        if inputs.ndim != 2 or inputs.size == 0:
+            raise CalibrationError(f"the sink inputs have shape {list(inputs.shape)}; expected [r, K], not empty")
+        _check_finite("sink inputs", inputs)
+        self.channels = inputs.shape[1]
+        # Loudest first, as in GPTQ: quiet channels that remain can still make up for them. Stable: a tie keeps order.
+        self._order = np.argsort(-np.einsum("rk,rk->k", inputs, inputs, dtype=np.float64), kind="stable")
+        ordered = np.ascontiguousarray(inputs.T[self._order].astype(np.float64))
+        self._gains, self._directions = _gains(ordered, ridge), ordered.astype(np.float32)
+
+    def two_level(self, weight: Float32, group_size: int) -> TwoLevel:
+        """Rounds rows to the two-level grid that the clip search finds for them, keeping their outputs on the inputs.
+
+        Args:
+            weight: `[n, K]` float32; `group_size` divides K.
+            group_size: Input channels that share a multiplier.
+
+        Returns:
+            Codes, multipliers and steps; the latter two as `quantize_two_level_clipped` returns them.
+
+        Raises:
+            RecipeError: `group_size` does not divide K.
+            CalibrationError: The weight has other channels than the inputs, or holds NaN or infinity.
+        """
+        self._check(weight)
+        grid = quantize_two_level_clipped(weight, group_size)
+        return TwoLevel(self.codes(weight, grid.scales()), grid.multipliers, grid.steps)
+
+    def one_level(self, weight: Float32, group_size: int) -> OneLevel:
+        """Rounds rows to 4-bit codes with a float scale per group; otherwise as `two_level`."""
+        self._check(weight)
+        scales = quantize_one_level_clipped(weight, group_size).scales
+        return OneLevel(self.codes(weight, scales), scales)
+
+    def codes(self, weight: Float32, scales: Float32) -> Int8:
+        """Rounds rows on a given grid.
+
+        Args:
+            weight: `[n, K]` float32.
+            scales: `[n, groups]` float32; a scale of 0 counts as 1. The number of groups divides K.
+
+        Returns:
+            `[n, K]` int8 in [-8, 7].
+
+        Raises:
+            CalibrationError: Shapes do not match, or the weight holds NaN or infinity.
+        """
+        self._check(weight)
+        if scales.ndim != 2 or len(scales) != len(weight) or self.channels % max(scales.shape[1], 1):
+            raise CalibrationError(f"scales of shape {list(scales.shape)} do not fit a weight of {list(weight.shape)}")
+        group = self._order // (self.channels // scales.shape[1])
+        codes = np.empty(weight.shape, np.int8)
+        wanted = weight.astype(np.float32, copy=False).T[self._order]
+        codes[:, self._order] = _round(wanted, scales, group, self._gains, self._directions).T
+        return codes
+
+    def _check(self, weight: Float32) -> None:
+        if weight.ndim != 2 or weight.shape[1] != self.channels or not len(weight):
+            raise CalibrationError(
+                f"the weight has shape {list(weight.shape)}; the sink inputs have {self.channels} channels"
+            )
+        _check_finite("weights", weight)
 
 
 def _gains(ordered: npt.NDArray[np.float64], ridge: float) -> Float32:
@@ -155,17 +156,7 @@ def _round(wanted: Float32, scales: Float32, group: npt.NDArray[np.intp], gains:
     return codes
 
 
-def _check(weight: Float32, inputs: Float32, ridge: float) -> None:
-    if not 0 < ridge < np.inf:
-        raise RecipeError(f"the ridge of the sink rounding is {ridge}; it must be positive")
-    if weight.ndim != 2 or weight.size == 0:
-        raise CalibrationError(f"the weight has shape {list(weight.shape)}; sink rounding needs [N, K], not empty")
-    if inputs.ndim != 2 or inputs.shape[0] == 0 or inputs.shape[1] != weight.shape[1]:
-        raise CalibrationError(
-            f"the sink inputs have shape {list(inputs.shape)}; a weight of {weight.shape[1]} input channels needs "
-            f"[r, {weight.shape[1]}] with at least one"
-        )
-    for name, values in (("weights", weight), ("sink inputs", inputs)):
-        # A NaN or infinity anywhere shows in the sum; no mask of the tensor's size is made.
-        if not np.isfinite(np.sum(values, dtype=np.float64)):
-            raise CalibrationError(f"the {name} hold NaN or infinity; check the checkpoint")
+def _check_finite(name: str, values: Float32) -> None:
+    # A NaN or infinity anywhere shows in the sum; no mask of the tensor's size is made.
+    if not np.isfinite(np.sum(values, dtype=np.float64)):
+        raise CalibrationError(f"the {name} hold NaN or infinity; check the checkpoint")

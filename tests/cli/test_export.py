@@ -302,7 +302,7 @@ def test_nvfp4_is_checked_and_refused_where_it_cannot_run(
 def test_list_recipes_documents_every_field(capfd: pytest.CaptureFixture[str]) -> None:
     assert _run("--list-recipes", "--json") == 0
     listed = json.loads(capfd.readouterr().out)
-    assert list(listed["recipes"]) == ["rtn", "rotate", "gptq", "auto", "w4a8", "w4a16", "w8a8", "none"]
+    assert list(listed["recipes"]) == ["rtn", "rotate", "gptq", "auto", "w4a8", "w4a16", "w8a8", "nvfp4", "none"]
     assert listed["default"] == "rotate"
     assert all(recipe["description"] for recipe in listed["recipes"].values())
     assert all(field["meaning"] for field in listed["fields"].values())

@@ -55,7 +55,7 @@ def test_blocks_of_rows_give_what_the_whole_weight_gives(
     name, scales, clip = case
     scheme = Scheme(SCHEMES[name].weights, SCHEMES[name].activations, scales)  # type: ignore[arg-type]
     values = _values()
-    actual = RoundWeights(clip_search=clip, threads=2)(_weight(values), scheme, GROUP)
+    actual = RoundWeights(clip_search=clip)(_weight(values), scheme, GROUP)
     expected = REFERENCES[case](values)
     assert type(actual) is type(expected)
     np.testing.assert_array_equal(actual.codes, expected.codes)
