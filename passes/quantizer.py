@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from qavp_export.numerics.clip import quantize_one_level_clipped, quantize_two_level_clipped
 from qavp_export.numerics.one_level import OneLevel, quantize_one_level

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from qavp_export.calibration.stops import Stop, find_stops
 from qavp_export.calibration.stored import StoredWeights
@@ -97,7 +98,9 @@ class GptqCalibration:
         # Layers with one input share the Hessian, so that it is factorized once.
         stacked = np.concatenate(values) if len(values) > 1 else values[0]
         rounding = gptq_two_level if scheme.scales == "two-level" else gptq_one_level
-        result = rounding(stacked, hessian, self._group_size, cross=cross, settings=self._settings)
+        # BLAS threads would wait for one another at every channel.
+        with threadpool_limits(1):
+            result = rounding(stacked, hessian, self._group_size, cross=cross, settings=self._settings)
         start = 0
         for weight, value in zip(weights, values, strict=True):
             part = _rows(result, slice(start, start + len(value)))

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 import onnx_ir as ir
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from qavp_export.calibration.stops import find_stops
 from qavp_export.calibration.stored import StoredWeights

@@ -127,8 +127,12 @@ def orthogonal(size: int) -> Float64:
         matrix = _paley(base)
     else:
         odd = base // (base & -base)
-        matrix = np.kron(_random_orthogonal(odd), _sylvester((base // odd).bit_length() - 1))
-    return np.kron(matrix, _sylvester(doublings))
+        matrix = _kron(_random_orthogonal(odd), _sylvester((base // odd).bit_length() - 1))
+    return _kron(matrix, _sylvester(doublings))
+
+
+def _kron(left: Float64, right: Float64) -> Float64:
+    return np.asarray(np.kron(left, right), np.float64)
 
 
 def _decompose(size: int) -> tuple[int, int]:
