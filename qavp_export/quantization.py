@@ -205,7 +205,7 @@ def _round_by_gptq(
         calibration.walk("original", original, calibration.prompts),
         weights,
         settings.group_size,
-        GptqSettings(damping=settings.recipe.damping),
+        GptqSettings(damping=settings.recipe.damping, activation_order=settings.recipe.activation_order),
     ).run(_four_bit(precisions, settings.recipe), calibration.stage("GPTQ"))
 
 

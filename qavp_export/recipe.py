@@ -113,6 +113,9 @@ class Recipe(BaseModel):
         le=1,
         description="GPTQ: share of the Hessian's mean diagonal that is added to its diagonal.",
     )
+    activation_order: bool = Field(
+        default=True, description="GPTQ: round the input channels with the largest activations first."
+    )
     size_budget: float | None = Field(
         default=None,
         ge=0,
