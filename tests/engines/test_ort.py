@@ -129,7 +129,7 @@ def test_sessions_of_one_engine_are_independent(engine):
 
 def test_session_options_are_deliberate(engine):
     # Reads back what ONNX Runtime was told, from the session itself.
-    session = engine._graphs["decoder"]._session
+    session = engine._decoder._session
     options = session.get_session_options()
     assert session.get_providers() == ["CPUExecutionProvider"]
     assert options.intra_op_num_threads == 1
