@@ -18,6 +18,9 @@ from qavp_export.runtime.preparation import Preparer
 
 Array = npt.NDArray[Any]
 
+# Optimized, ONNX Runtime would copy 16-bit weights to float32; as they are, they stay mapped from the file.
+_OPTIONS = EngineOptions(graph_optimization="disable")
+
 
 def embed_prompts(bundle: Path, manifest: Manifest, items: tuple[CalibrationItem, ...]) -> Iterator[dict[str, Array]]:
     """Runs vision encoder and embedding on each prompt, answer included.
@@ -33,7 +36,7 @@ def embed_prompts(bundle: Path, manifest: Manifest, items: tuple[CalibrationItem
     Raises:
         CalibrationError: A picture cannot be read, or a prompt does not fit the context; the message names it.
     """
-    preparer = Preparer(bundle, manifest, OrtEncoders(bundle, manifest, EngineOptions()))
+    preparer = Preparer(bundle, manifest, OrtEncoders(bundle, manifest, _OPTIONS))
     spec = manifest.decoder
     empty = np.zeros((1, spec.num_key_value_heads, 0, spec.head_dim), np.float32)
     cache = {f"past_key_values.{layer}.{part}": empty for layer in range(spec.num_layers) for part in ("key", "value")}
@@ -69,7 +72,7 @@ def embed_text(bundle: Path, manifest: Manifest, token_ids: npt.NDArray[np.int64
         The decoder's inputs with an empty cache.
     """
     no_images = np.zeros((0, manifest.vision_tokens.after, manifest.decoder.hidden_size), np.float32)
-    embeds = OrtEmbedding(bundle, manifest, EngineOptions()).embed(token_ids, no_images)
+    embeds = OrtEmbedding(bundle, manifest, _OPTIONS).embed(token_ids, no_images)
     positions = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)
     mask = np.ones_like(token_ids)
     inputs: dict[str, Array] = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
