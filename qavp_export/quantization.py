@@ -206,6 +206,7 @@ def _round_by_gptq(
         weights,
         settings.group_size,
         GptqSettings(damping=settings.recipe.damping, activation_order=settings.recipe.activation_order),
+        calibration.folder,
     ).run(_four_bit(precisions, settings.recipe), calibration.stage("GPTQ"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ class GptqCalibration:
         weights: Takes the rounded weights.
         group_size: Channels that share a scale.
         settings: Damping and order.
+        folder: A folder for the matrices that are in use.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class GptqCalibration:
         weights: StoredWeights,
         group_size: int,
         settings: GptqSettings,
+        folder: Path,
     ) -> None:
         self._quantized = quantized
         self._walk = walk
@@ -52,6 +55,7 @@ class GptqCalibration:
         self._weights = weights
         self._group_size = group_size
         self._settings = settings
+        self._folder = folder
 
     def run(self, schemes: Mapping[str, Scheme], progress: Callable[[int, int], None]) -> None:
         """Rounds the weights of layers with 4-bit weights.
@@ -89,7 +93,14 @@ class GptqCalibration:
             cross.addmm_(original.T, quantized)
         if hessian is None or cross is None:
             raise ValueError("there is no calibration prompt")
-        return hessian.numpy(), cross.numpy()
+        return self._mapped("hessian", hessian), self._mapped("cross", cross)
+
+    def _mapped(self, name: str, matrix: torch.Tensor) -> Float32:
+        """Moves a matrix to disk: rounding needs a factor of the same size in memory."""
+        file = self._folder / f"{name}.npy"
+        np.save(file, matrix.numpy())
+        mapped: Float32 = np.load(file, mmap_mode="r")
+        return mapped
 
     def _round(self, stop: Stop, scheme: Scheme, hessian: Float32, cross: Float32) -> None:
         originals = [self._originals[str(node.name)].inputs[1] for node in stop.nodes]

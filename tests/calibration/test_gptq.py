@@ -58,6 +58,7 @@ class Run:
             weights=weights,
             group_size=GROUP,
             settings=GptqSettings(),
+            folder=folder,
         )
         calibration.run(self.schemes, lambda *step: self.steps.append(step))
 
@@ -121,6 +122,6 @@ def test_numbers_that_overflow_are_an_error_of_the_calibration(tmp_path: Path) -
     PlaceQdq(GROUP, list(schemes.items()), stored)(quantized)
     feeds = [{"x": np.full((1, 3, 32), 1e20, np.float32)}]
     walks = [Walk(model, feeds, tmp_path / name) for model, name in ((quantized, "quantized"), (original, "original"))]
-    driver = GptqCalibration(quantized, walks[0], original, walks[1], stored, GROUP, GptqSettings())
+    driver = GptqCalibration(quantized, walks[0], original, walks[1], stored, GROUP, GptqSettings(), tmp_path)
     with pytest.raises(CalibrationError, match="the model overflows on the calibration data"):
         driver.run(schemes, lambda *_: None)
