@@ -200,7 +200,9 @@ def test_a_full_disk_leaves_nothing(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, tiny_llava: Path, number: int, code: int) -> None:
-    command = "from qavp_export.cli.export import main; raise SystemExit(main())"
+    # Where the tests run in the background, a shell may have had SIGINT ignored, and children inherit that.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command = f"{listen}from qavp_export.cli.export import main; raise SystemExit(main())"
     argv = ["--model", str(tiny_llava), "-o", str(tmp_path / "bundle")]
     with subprocess.Popen([sys.executable, "-c", command, *argv], stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
