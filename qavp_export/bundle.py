@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -46,17 +46,19 @@ class BundleWriter:
         check_target(target, force=force)
         # Nearest first; those that this run makes go again if it fails.
         self._new_parents = [parent for parent in target.parents if not parent.exists()]
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-        except OSError as error:
-            raise InputError(f"cannot write to {target.parent} ({error.strerror}); choose another -o") from error
-        # mkdtemp makes a private folder; a bundle is as readable as anything else the user writes.
-        umask = os.umask(0)
-        os.umask(umask)
-        self.folder.chmod(0o777 & ~umask)
+        self.folder = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
 
     def __enter__(self) -> BundleWriter:
+        # The name is known before the folder exists: an interrupt at any point finds what to remove.
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir()
+        except OSError as error:
+            self._remove()
+            raise InputError(f"cannot write to {self.target.parent} ({error.strerror}); choose another -o") from error
+        except BaseException:
+            self._remove()
+            raise
         return self
 
     def __exit__(
@@ -65,15 +67,18 @@ class BundleWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._remove()
+        if isinstance(error, OSError) and _is_disk_full(error):
+            raise QavpError(
+                f"no space left for {self.target}; free some or choose another -o (nothing was left behind)"
+            ) from error
+
+    def _remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         if not self.target.exists():
             for parent in self._new_parents:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
-        if isinstance(error, OSError) and _is_disk_full(error):
-            raise QavpError(
-                f"no space left for {self.target}; free some or choose another -o (nothing was left behind)"
-            ) from error
 
     def scratch(self) -> tempfile.TemporaryDirectory[str]:
         """Returns a folder on the same disk for what is needed meanwhile; a context manager that removes it."""

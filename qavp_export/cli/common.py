@@ -62,15 +62,28 @@ def _run(app: typer.Typer, prog: str, args: list[str]) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except KeyboardInterrupt as stop:
-        _print_line("interrupted")
-        return EXIT_TERMINATED if isinstance(stop, _Terminated) else EXIT_INTERRUPTED
+        return _interrupted(stop)
     except BrokenPipeError:
         # The reader of the output has left. The interpreter flushes stdout once more on exit: let it succeed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
     except Exception as error:
-        return _report(error, prog, debug="--debug" in args)
+        # Cleaning up after an interrupt may fail by itself, in a library: the interrupt is what happened.
+        stop = _interrupt_behind(error)
+        return _interrupted(stop) if stop is not None else _report(error, prog, debug="--debug" in args)
     return 0
+
+
+def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    cause = error.__context__
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__context__
+    return cause
+
+
+def _interrupted(stop: KeyboardInterrupt) -> int:
+    _print_line("interrupted")
+    return EXIT_TERMINATED if isinstance(stop, _Terminated) else EXIT_INTERRUPTED
 
 
 def _report(error: Exception, prog: str, debug: bool) -> int:

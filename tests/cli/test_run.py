@@ -21,6 +21,20 @@ from tests.runtime.tiny_bundle import ASSISTANT, BOS, EOS, USER, WORDS, referenc
 PROCESS = "import sys; sys.modules['torch'] = None; from qavp_export.cli.run import main; sys.exit(main())"
 
 
+def test_an_interrupt_is_one_even_if_cleaning_up_fails(capfd: pytest.CaptureFixture[str]) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def command() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise UnboundLocalError("a library's clean-up")
+
+    assert run_command(app, "prog", []) == 130
+    assert capfd.readouterr().err == "interrupted\n"
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     return write_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
