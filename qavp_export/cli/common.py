@@ -69,8 +69,8 @@ def _run(app: typer.Typer, prog: str, args: list[str]) -> int:
         return EXIT_FAILURE
     except Exception as error:
         # Cleaning up after an interrupt may fail by itself, in a library: the interrupt is what happened.
-        stop = _interrupt_behind(error)
-        return _interrupted(stop) if stop is not None else _report(error, prog, debug="--debug" in args)
+        behind = _interrupt_behind(error)
+        return _interrupted(behind) if behind is not None else _report(error, prog, debug="--debug" in args)
     return 0
 
 
