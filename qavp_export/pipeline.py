@@ -107,7 +107,8 @@ def export(
             _write(writer, manifest, component, graphs, weights, progress)
         with writer.scratch() as scratch:
             prompts = embed(drawn, writer.folder, manifest, Path(scratch), progress)
-            opened = embed_text(writer.folder, manifest, openings(source, recipe))
+            sinks = recipe.algorithm == "sink"
+            opened = embed_text(writer.folder, manifest, openings(source, recipe)) if sinks else {}
             calibration = Calibration(prompts, opened, Path(scratch), progress)
             quantized = quantize(graphs["decoder"], settings, calibration)
             _write(writer, manifest, "decoder", graphs, weights, progress, quantized.rotated())

@@ -102,7 +102,9 @@ class Recipe(BaseModel):
         "first token are kept, which needs no data; gptq by error compensation on calibration prompts.",
     )
     clip_search: bool = Field(
-        default=True, description="Choose 4-bit weight scales for the least squared error, not the largest value."
+        default=True,
+        description="Choose 4-bit weight scales for the least squared error, not the largest value; algorithms sink "
+        "and gptq always do.",
     )
     calibration_samples: int = Field(
         default=128, ge=1, le=100_000, description="Most prompts that are drawn for calibration."
