@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qavp_export.numerics.one_level import Bits, OneLevel, largest_code
+from qavp_export.numerics.one_level import Bits, largest_code
 from qavp_export.numerics.two_level import TwoLevel
 from qavp_export.passes import group_scale, two_level_scale
 from qavp_export.passes._builder import NodeBuilder
@@ -21,6 +23,7 @@ from qavp_export.passes._linear import (
     is_linear,
     matrix_shape,
     name_of,
+    part_tensor,
     weight_part,
     why_not_quantizable,
 )
@@ -28,6 +31,9 @@ from qavp_export.passes.quantizer import Quantized, RoundWeights, WeightQuantize
 from qavp_export.passes.scheme import W4A4, Scheme
 
 MINIMUM_OPSET = 21
+_SCALES: Mapping[str, ir.DataType] = MappingProxyType(
+    {"scales": ir.DataType.FLOAT, "multipliers": ir.DataType.UINT4, "steps": ir.DataType.FLOAT}
+)
 
 
 class PlaceQdq(RewritePass):
@@ -188,26 +194,34 @@ def _weight_parts(
     """Returns the lazy initializers that a weight becomes: codes, and multipliers and steps or scales."""
     channels, outputs = matrix_shape(weight)
     grid = (channels // block, outputs)
-    two_level = scheme.weights == "int4" and scheme.scales == "two-level"
-    result = ReadByAll(quantize, readers=3 if two_level else 2)
-    codes = ir.DataType.INT4 if scheme.weights == "int4" else ir.DataType.INT8
-    parts = {"codes": weight_part(weight, "codes", codes, (channels, outputs), lambda: result.read().codes.T)}
-    if not two_level:
-        parts["scales"] = weight_part(weight, "scales", ir.DataType.FLOAT, grid, lambda: _scales(result.read()).T)
-        return parts
-    uint4, f32 = ir.DataType.UINT4, ir.DataType.FLOAT
-    parts["multipliers"] = weight_part(weight, "multipliers", uint4, grid, lambda: _two(result.read()).multipliers.T)
-    parts["steps"] = weight_part(weight, "steps", f32, (outputs,), lambda: _two(result.read()).steps)
-    return parts
+    shapes: dict[str, tuple[int, ...]] = {"codes": (channels, outputs), "scales": grid}
+    if scheme.weights == "int4" and scheme.scales == "two-level":
+        shapes = {"codes": (channels, outputs), "multipliers": grid, "steps": (outputs,)}
+    result = ReadByAll(quantize, readers=len(shapes))
+    kinds = {**_SCALES, "codes": ir.DataType.INT4 if scheme.weights == "int4" else ir.DataType.INT8}
+    return {
+        part: weight_part(weight, part, kinds[part], shape, partial(_part, result, part))
+        for part, shape in shapes.items()
+    }
 
 
-def _scales(quantized: Quantized) -> npt.NDArray[np.float32]:
-    if not isinstance(quantized, OneLevel):
-        raise TypeError("a quantizer returned two-level scales for a one-level scheme")
-    return quantized.scales
+def _part(result: ReadByAll[Quantized], part: str) -> npt.NDArray[np.generic]:
+    return _stored_arrays(result.read())[part]
 
 
-def _two(quantized: Quantized) -> TwoLevel:
-    if not isinstance(quantized, TwoLevel):
-        raise TypeError("a quantizer returned one-level scales for a two-level scheme")
-    return quantized
+def _stored_arrays(quantized: Quantized) -> dict[str, npt.NDArray[np.generic]]:
+    """Returns codes and scales as the graph has them, input channels first."""
+    if isinstance(quantized, TwoLevel):
+        return {"codes": quantized.codes.T, "multipliers": quantized.multipliers.T, "steps": quantized.steps}
+    return {"codes": quantized.codes.T, "scales": quantized.scales.T}
+
+
+def stored_tensors(weight: str, quantized: Quantized) -> list[ir.TensorProtocol]:
+    """Returns what a 4-bit weight becomes, as tensors named after their initializers.
+
+    Args:
+        weight: Name of the weight's initializer.
+        quantized: Codes and scales `[N,K]`, by output channel.
+    """
+    kinds = {**_SCALES, "codes": ir.DataType.INT4}
+    return [part_tensor(f"{weight}.{part}", kinds[part], array) for part, array in _stored_arrays(quantized).items()]

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, MutableMapping
 from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from qavp_export.numerics.clip import quantize_one_level_clipped, quantize_two_level_clipped
 from qavp_export.numerics.one_level import OneLevel, quantize_one_level
 from qavp_export.numerics.two_level import TwoLevel, quantize_two_level
 from qavp_export.passes._linear import by_output_channel
+from qavp_export.passes._parallel import run_blocks
 from qavp_export.passes.scheme import Scheme
 
 Float32 = npt.NDArray[np.float32]
 Quantized: TypeAlias = TwoLevel | OneLevel
 
-# Elements of a block: its temporaries stay in a core's cache.
-_BLOCK = 1 << 17
+# Elements of a block.
+_BLOCK = 1 << 20
+# Elements of a part whose temporaries stay in a core's cache.
+_PART = 1 << 17
 
 
 class WeightQuantizer(Protocol):
@@ -46,13 +46,14 @@ class RoundWeights:
 
     Args:
         clip_search: Whether 4-bit scales are chosen for the least squared error instead of the largest value.
+        errors: Takes the errors; None: a new dictionary.
 
     Attributes:
         errors: Relative error `norm2(W - W^) / norm2(W)` of each weight that was quantized so far, by initializer name.
     """
 
-    def __init__(self, *, clip_search: bool = True) -> None:
-        self.errors: dict[str, float] = {}
+    def __init__(self, *, clip_search: bool = True, errors: MutableMapping[str, float] | None = None) -> None:
+        self.errors: MutableMapping[str, float] = {} if errors is None else errors
         self._clip_search = clip_search
 
     def __call__(self, weight: ir.Value, scheme: Scheme, group_size: int) -> Quantized:
@@ -60,7 +61,12 @@ class RoundWeights:
         values = by_output_channel(weight)
         quantize = self._rounding(scheme, scheme.weight_group(values.shape[1], group_size))
         rows = max(1, _BLOCK // values.shape[1])
-        quantized, self.errors[str(weight.name)] = quantize_rows(values, quantize, rows)
+
+        def block(rows: Float32) -> tuple[Quantized, float]:
+            quantized = quantize(rows)
+            return quantized, squared_error(rows, quantized)
+
+        quantized, self.errors[str(weight.name)] = quantize_rows(values, block, rows)
         return quantized
 
     def _rounding(self, scheme: Scheme, group_size: int) -> Callable[[Float32], Quantized]:
@@ -74,12 +80,14 @@ class RoundWeights:
         return lambda block: quantize_one_level(block, group_size, 4)
 
 
-def quantize_rows(values: Float32, quantize: Callable[[Float32], Quantized], rows: int) -> tuple[Quantized, float]:
+def quantize_rows(
+    values: Float32, quantize: Callable[[Float32], tuple[Quantized, float]], rows: int
+) -> tuple[Quantized, float]:
     """Quantizes a weight by blocks of rows, on as many threads as there are cores.
 
     Args:
         values: `[N,K]`.
-        quantize: Quantizes a block; rows do not depend on one another.
+        quantize: Quantizes a block and returns the squared norm of its error too; rows do not depend on one another.
         rows: Rows of a block.
 
     Returns:
@@ -88,12 +96,9 @@ def quantize_rows(values: Float32, quantize: Callable[[Float32], Quantized], row
 
     def one(start: int) -> tuple[Quantized, float, float]:
         block = values[start : start + rows]
-        quantized = quantize(block)
-        return quantized, *squared_error(block, quantized)
+        return *quantize(block), float(np.vdot(block, block))
 
-    # BLAS threads of its own would wait for one another at every small product.
-    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(one, range(0, len(values), rows)))
+    parts = run_blocks(one, range(0, len(values), rows))
     error = relative_error(sum(part[1] for part in parts), sum(part[2] for part in parts))
     return _joined([part[0] for part in parts]), error
 
@@ -110,10 +115,21 @@ def quantize_activation(values: Float32, scheme: Scheme, group_size: int) -> Flo
     return quantize_one_level(values, block, 4).dequantize()
 
 
-def squared_error(values: Float32, quantized: Quantized) -> tuple[float, float]:
-    """Returns the squared norms of the error and of the values."""
-    difference = values - quantized.dequantize()
-    return float(np.vdot(difference, difference)), float(np.vdot(values, values))
+def squared_error(values: Float32, quantized: Quantized) -> float:
+    """Returns the squared norm of the error of rows `[N,K]`."""
+    step, total = max(1, _PART // values.shape[1]), 0.0
+    for start in range(0, len(values), step):
+        rows = slice(start, start + step)
+        difference = values[rows] - take_rows(quantized, rows).dequantize()
+        total += float(np.vdot(difference, difference))
+    return total
+
+
+def take_rows(quantized: Quantized, rows: slice) -> Quantized:
+    """Returns some rows of a quantized weight."""
+    if isinstance(quantized, TwoLevel):
+        return TwoLevel(quantized.codes[rows], quantized.multipliers[rows], quantized.steps[rows])
+    return OneLevel(quantized.codes[rows], quantized.scales[rows])
 
 
 def relative_error(error: float, size: float) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -14,14 +15,15 @@ from onnx_ir.passes import PassResult
 from qavp_export.numerics.rotation import Rotation, block_rotation, head_rotation, residual_rotation
 from qavp_export.passes._builder import NodeBuilder
 from qavp_export.passes._infra import Refusal, RewritePass, RewriteResult, find_value, require_opset
-from qavp_export.passes._linear import graph_of, input_of, matrix_shape, name_of
+from qavp_export.passes._linear import graph_of, input_of, is_linear, matrix_shape, name_of
+from qavp_export.passes._parallel import run_blocks
 from qavp_export.passes._residual import ResidualStream, find_residual_stream
 from qavp_export.passes._values import ValuePath, find_value_path
 
 # The first with RMSNormalization.
 MINIMUM_OPSET = 23
-# Elements that are rotated at a time: bounds the float64 temporaries.
-_CHUNK = 1 << 21
+# Elements that are rotated at a time: the float64 temporaries stay in a core's cache.
+_CHUNK = 1 << 17
 
 Array = npt.NDArray[np.float32]
 
@@ -64,6 +66,9 @@ class Rotate(RewritePass):
        run time, one Hadamard block for each quantization group. The attention's output is left as R2 made it if its
        heads are whole groups.
 
+    Without `stream` there is no R1, and R4 is for the inputs of all linear layers: where a norm stands between a layer
+    and the stream that it adds to, as in Gemma 2 and 3, no rotation of the stream can be folded into the layer.
+
     Weights are rotated in float64, lazily: when they are read. What the pass cannot follow fails before anything is
     changed; attention whose values cannot be followed keeps them as they are and is reported.
 
@@ -71,14 +76,17 @@ class Rotate(RewritePass):
         group_size: Channels that share a scale (G).
         at: Name of the embeddings.
         seed: Seed of the random signs.
+        stream: Rotate the residual stream.
 
     Raises:
-        GraphError: When called: the decoder has another structure; the message names the node.
+        GraphError: When called: the stream is to be rotated and the decoder has another structure; the message names
+            the node.
         RecipeError: When called: `group_size` does not divide the inputs that are rotated at run time.
     """
 
-    def __init__(self, group_size: int, at: str = "inputs_embeds", seed: int = 0) -> None:
+    def __init__(self, group_size: int, at: str = "inputs_embeds", seed: int = 0, stream: bool = True) -> None:
         super().__init__()
+        self.stream = stream
         self.group_size = group_size
         self.at = at
         self.seed = seed
@@ -98,24 +106,27 @@ class Rotate(RewritePass):
     def call(self, model: ir.Model) -> RotateResult:
         """Rotates the main graph."""
         graph = model.graph
-        stream = find_residual_stream(graph, find_value(model, self.at))
+        start = find_value(model, self.at)
+        stream = find_residual_stream(graph, start) if self.stream else None
         paths, refused = _value_paths(graph)
         # Values that R2 rotates are spread over their head already: a block inside it would add nothing.
         spread = {path.reader for path in paths if path.head_dim % self.group_size == 0}
+        unrotated = [writer.node for writer in stream.writers] if stream is not None else _own_linears(graph)
         blocks = {
-            writer.node: block_rotation(matrix_shape(input_of(writer.node, 1))[0], self.group_size)
-            for writer in stream.writers
-            if writer.node not in spread
+            node: block_rotation(matrix_shape(input_of(node, 1))[0], self.group_size)
+            for node in unrotated
+            if node not in spread
         }
-        linears = [*stream.linears(), *(node for path in paths for node in (path.maker, path.reader))]
-        folds = {node: _Fold() for node in linears}
+        linears = stream.linears() if stream is not None else blocks
+        folds = {node: _Fold() for node in (*linears, *(node for x in paths for node in (x.maker, x.reader)))}
         shared: dict[int, ir.Value] = {}
-        self._rotate_stream(graph, stream, folds, shared)
+        if stream is not None:
+            self._rotate_stream(graph, stream, folds, shared)
         for path in paths:
             _rotate_values(path, folds, self.seed)
         for node, rotation in blocks.items():
             folds[node].inputs.append(rotation)
-            _rotate_input(graph, node, rotation, shared)
+        _rotate_inputs(graph, blocks, shared)
         for node, fold in folds.items():
             _transform(input_of(node, 1), fold.on_weight)
         layers = {str(node.name): fold.frozen() for node, fold in folds.items()}
@@ -167,24 +178,27 @@ class _Fold:
         folded = np.empty_like(weight)
         if self.inputs or self.gain is not None:
             gain = None if self.gain is None or self.gain.const_value is None else self.gain.const_value.numpy()
-            for part in _blocks(weight.shape[1], weight.shape[0]):
-                vectors = weight[:, part].T.astype(np.float64)
-                if gain is not None:
-                    vectors *= gain
-                for rotation in self.inputs:
-                    vectors = rotation.apply(vectors)
-                folded[:, part] = vectors.T
+            run_blocks(partial(self._fold_inputs, weight, folded, gain), _blocks(weight.shape[1], weight.shape[0]))
             weight = folded
         if self.output is not None:
-            for part in _blocks(*weight.shape):
-                folded[part] = self.output.apply(weight[part])
+            run_blocks(partial(self._fold_output, self.output, weight, folded), _blocks(*weight.shape))
         return folded if self.inputs or self.gain is not None or self.output is not None else weight
 
+    def _fold_inputs(self, weight: Array, folded: Array, gain: Array | None, part: slice) -> None:
+        vectors = weight[:, part].T.astype(np.float64)
+        if gain is not None:
+            vectors *= gain
+        for rotation in self.inputs:
+            vectors = rotation.apply(vectors)
+        folded[:, part] = vectors.T
 
-def _blocks(count: int, width: int) -> Iterator[slice]:
+    def _fold_output(self, output: Rotation, weight: Array, folded: Array, part: slice) -> None:
+        folded[part] = output.apply(weight[part])
+
+
+def _blocks(count: int, width: int) -> list[slice]:
     step = max(1, _CHUNK // width)
-    for start in range(0, count, step):
-        yield slice(start, start + step)
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _value_paths(graph: ir.Graph) -> tuple[list[ValuePath], list[Refusal]]:
@@ -199,6 +213,19 @@ def _value_paths(graph: ir.Graph) -> tuple[list[ValuePath], list[Refusal]]:
     return paths, refused
 
 
+def _own_linears(graph: ir.Graph) -> list[ir.Node]:
+    """Returns the linear layers whose inputs and weights can be rotated, in graph order."""
+    return [
+        node
+        for node in graph
+        if node.op_type == "MatMul"
+        and is_linear(node)
+        and len(input_of(node, 1).uses()) == 1
+        and input_of(node, 1).dtype == ir.DataType.FLOAT
+        and input_of(node, 0).shape is not None
+    ]
+
+
 def _rotate_values(path: ValuePath, folds: dict[ir.Node, _Fold], seed: int) -> None:
     made = head_rotation(path.value_heads, path.head_dim, seed)
     folds[path.maker].output = made
@@ -207,12 +234,16 @@ def _rotate_values(path: ValuePath, folds: dict[ir.Node, _Fold], seed: int) -> N
     folds[path.reader].inputs.append(head_rotation(path.heads, path.head_dim, seed))
 
 
-def _rotate_input(graph: ir.Graph, node: ir.Node, rotation: Rotation, shared: dict[int, ir.Value]) -> None:
-    x = input_of(node, 0)
-    builder = NodeBuilder(f"{name_of(node)}/rotation")
-    rotated = _nodes(builder, graph, x, rotation, shared)
-    graph_of(node).insert_before(node, builder.nodes)
-    node.replace_input_with(0, rotated)
+def _rotate_inputs(graph: ir.Graph, rotations: Mapping[ir.Node, Rotation], shared: dict[int, ir.Value]) -> None:
+    """Rotates inputs at run time; layers that read the same value share what comes of it."""
+    done: dict[ir.Value, ir.Value] = {}
+    for node, rotation in rotations.items():
+        x = input_of(node, 0)
+        if x not in done:
+            builder = NodeBuilder(f"{name_of(node)}/rotation")
+            done[x] = _nodes(builder, graph, x, rotation, shared)
+            graph_of(node).insert_before(node, builder.nodes)
+        node.replace_input_with(0, done[x])
 
 
 def _nodes(

@@ -6,58 +6,88 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import json
 import re
-import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-import onnx
 import onnx_ir as ir
+from filelock import FileLock, Timeout
 
 from qavp_export.errors import BundleError, InputError, QavpError
+from qavp_export.journal import Journal
 from qavp_export.manifest import MANIFEST_NAME, Component, FileEntry, Manifest, TensorSpec
+from qavp_export.weight_file import WeightFile
 
 GRAPH_NAME = "model.onnx"
+_WORK = "work"
 
 # (tensors written, tensors in all)
 TensorProgress = Callable[[int, int], None]
 
 
 class BundleWriter:
-    """Builds a bundle in a temporary folder beside the target and renames it when it is complete.
+    """Builds a bundle in a folder `.<name>.partial` beside the target and renames it when it is complete.
 
-    Used as a context manager: whatever ends the block before `commit`, an error or Ctrl-C, removes the temporary folder
-    and leaves the target as it was.
+    Used as a context manager: whatever ends the block before `commit`, an error or Ctrl-C, leaves the target as it was
+    and removes the folder. With `resume`, an interrupt or a full disk leave the folder for the next run.
 
     Args:
         target: The bundle's folder.
         force: Whether an existing bundle at `target` is replaced; only at `commit`, once the new one is complete.
+        resume: Whether to go on where an interrupted run has stopped, and to let the next run do so.
+        identity: JSON values that tell this export from others; only one with the same identity is resumed.
+
+    Attributes:
+        folder: Where the bundle is built.
+        work: A folder for what is needed meanwhile; it is not part of the bundle.
+        journal: What is finished.
 
     Raises:
         InputError: `target` exists and `force` is not set, or it exists and is not a bundle, or its parent folder
-            cannot be written.
+            cannot be written, another run is at work on it, or what an interrupted run has left has another identity.
     """
 
-    def __init__(self, target: Path, *, force: bool) -> None:
+    def __init__(
+        self, target: Path, *, force: bool, resume: bool = False, identity: Mapping[str, Any] | None = None
+    ) -> None:
         self.target = target
         check_target(target, force=force)
+        self.folder = target.parent / f".{target.name}.partial"
+        self.work = self.folder / _WORK
+        self.journal = Journal(self.work / "journal")
+        self._resume = resume
+        self._identity = json.loads(json.dumps(identity or {}))
         # Nearest first; those that this run makes go again if it fails.
         self._new_parents = [parent for parent in target.parents if not parent.exists()]
-        self.folder = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+        self._lock = FileLock(self.folder / ".lock", timeout=0)
 
     def __enter__(self) -> BundleWriter:
-        # The name is known before the folder exists: an interrupt at any point finds what to remove.
         try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout as error:
+            raise InputError(
+                f"another qavp-export is writing {self.target}; wait for it, or choose another -o"
+            ) from error
         except OSError as error:
             self._remove()
             raise InputError(f"cannot write to {self.target.parent} ({error.strerror}); choose another -o") from error
         except BaseException:
             self._remove()
+            raise
+        try:
+            self._begin()
+        except InputError:
+            # What is there is another run's, which may still go on.
+            self._lock.release()
+            raise
+        except BaseException as error:
+            self._leave(error)
             raise
         return self
 
@@ -67,27 +97,61 @@ class BundleWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._remove()
+        self._leave(error)
         if isinstance(error, OSError) and _is_disk_full(error):
-            raise QavpError(
-                f"no space left for {self.target}; free some or choose another -o (nothing was left behind)"
-            ) from error
+            left = "run again with --resume to go on" if self._resume else "nothing was left behind"
+            raise QavpError(f"no space left for {self.target}; free some or choose another -o ({left})") from error
+
+    def _begin(self) -> None:
+        """Takes over what an interrupted run has left, or clears it away."""
+        if self._resume and "identity" in self.journal:
+            before = self.journal["identity"]
+            differing = sorted(key for key in {*before, *self._identity} if before.get(key) != self._identity.get(key))
+            if differing:
+                raise InputError(
+                    f"{self.folder} is left of an interrupted export with another {differing[0]}; "
+                    "run without --resume to start anew"
+                )
+            return
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+        self.work.mkdir()
+        self.journal = Journal(self.work / "journal")
+        self.journal["identity"] = self._identity
+
+    def _leave(self, error: BaseException | None) -> None:
+        full = isinstance(error, OSError) and _is_disk_full(error)
+        if self._resume and (isinstance(error, KeyboardInterrupt) or full):
+            self._lock.release()
+        else:
+            self._remove()
 
     def _remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
         if not self.target.exists():
             for parent in self._new_parents:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
 
-    def scratch(self) -> tempfile.TemporaryDirectory[str]:
-        """Returns a folder on the same disk for what is needed meanwhile; a context manager that removes it."""
-        return tempfile.TemporaryDirectory(prefix="scratch.", dir=self.folder)
-
     def copy(self, files: list[Path]) -> None:
         """Copies files of the checkpoint (configuration, tokenizer, processor) into the bundle's top folder."""
         for file in files:
             shutil.copyfile(file, self.folder / file.name)
+
+    def open_graph(self, component: str, model: ir.Model) -> WeightFile:
+        """Opens the file of one graph; its weights may then be written in any order.
+
+        Args:
+            component: The component's name, which becomes its folder.
+            model: The graph in its final form; its initializers may be lazy.
+        """
+        folder = self.folder / component
+        folder.mkdir(exist_ok=True)
+        return WeightFile(folder / GRAPH_NAME, model, self.journal.section(component))
 
     def write_graph(self, component: str, model: ir.Model, progress: TensorProgress) -> Component:
         """Writes one graph, evaluating and writing its tensors one by one.
@@ -100,20 +164,8 @@ class BundleWriter:
         Returns:
             The component's entry for the manifest.
         """
-        folder = self.folder / component
-        folder.mkdir()
-
-        def on_tensor(_: ir.TensorProtocol, info: ir.external_data.CallbackInfo) -> None:
-            progress(info.index, info.total)
-
-        path = folder / GRAPH_NAME
-        ir.save(model, path, external_data=f"{GRAPH_NAME}.data", callback=on_tensor)
-        onnx.checker.check_model(path)
-        return Component(
-            file=f"{component}/{GRAPH_NAME}",
-            inputs=[_tensor_spec(value) for value in model.graph.inputs],
-            outputs=[_tensor_spec(value) for value in model.graph.outputs],
-        )
+        self.open_graph(component, model).finish(progress)
+        return describe_component(component, model)
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Writes the manifest and puts the bundle in place.
@@ -124,8 +176,10 @@ class BundleWriter:
         Returns:
             The manifest as written.
         """
-        manifest = dataclasses.replace(manifest, files=list_files(self.folder))
+        manifest = dataclasses.replace(manifest, files=list_files(self.folder, besides=(_WORK, ".lock")))
         (self.folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        shutil.rmtree(self.work)
+        (self.folder / ".lock").unlink()
         if self.target.exists():
             with tempfile.TemporaryDirectory(
                 prefix=f".{self.target.name}.", suffix=".old", dir=self.target.parent
@@ -135,6 +189,15 @@ class BundleWriter:
         else:
             self.folder.rename(self.target)
         return manifest
+
+
+def describe_component(component: str, model: ir.Model) -> Component:
+    """Returns a graph's entry for the manifest."""
+    return Component(
+        file=f"{component}/{GRAPH_NAME}",
+        inputs=[_tensor_spec(value) for value in model.graph.inputs],
+        outputs=[_tensor_spec(value) for value in model.graph.outputs],
+    )
 
 
 def _is_disk_full(error: OSError) -> bool:
@@ -158,9 +221,15 @@ def check_target(target: Path, *, force: bool) -> None:
         raise InputError(f"{target} holds files that are not a bundle; --force will not remove it: choose another -o")
 
 
-def list_files(folder: Path) -> list[FileEntry]:
-    """Returns every file below `folder` except the manifest, sorted by path, with size and SHA-256."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
+def list_files(folder: Path, besides: Collection[str] = ()) -> list[FileEntry]:
+    """Returns every file below `folder` except the manifest, sorted by path, with size and SHA-256.
+
+    Args:
+        folder: The bundle.
+        besides: Names in its top folder that are left out.
+    """
+    left_out = {MANIFEST_NAME, *besides}
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).parts[0] not in left_out)
     return [FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, _sha256(path)) for path in paths]
 
 

@@ -113,6 +113,14 @@ class Checkpoint:
         """The size of all tensors' data in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns JSON values that change when the checkpoint does: configuration, sizes and times of files."""
+        files = {info.file.name: info.file.stat() for info in self.tensors.values()}
+        return {
+            "config": dict(self.config),
+            "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(files.items())},
+        }
+
     @property
     def needs_remote_code(self) -> bool:
         """Whether config.json or one of its sub-configs asks for Python code shipped with the checkpoint."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,9 +15,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qavp_export.calibration.gptq import GptqCalibration
+from qavp_export.calibration.rounded import RoundedWeights
 from qavp_export.calibration.sensitivity import Sensitivity, choose_raised, measure_sensitivity
 from qavp_export.calibration.sink import round_for_openings
-from qavp_export.calibration.stored import StoredWeights
 from qavp_export.calibration.walk import Walk
 from qavp_export.errors import GraphError, QavpError, RecipeError
 from qavp_export.numerics.gptq import GptqSettings
@@ -38,6 +39,7 @@ from qavp_export.passes import (
 from qavp_export.recipe import Precision, Recipe
 from qavp_export.settings import Settings
 from qavp_export.tracing import PARAMETER
+from qavp_export.weight_file import WeightFile
 
 HEAD = "lm_head"
 # Where a recipe with a size budget raises its most sensitive layers to.
@@ -61,11 +63,12 @@ class DecoderLinear:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What was done to the decoder.
+    """What is done to the decoder: its quantizers are in place, its weights are still to be rounded.
 
     Attributes:
         layers: Its linear layers as the graph has them.
-        weights: Rounds the weights; they are rounded when the graph is written.
+        weights: Rounds the weights that are not calibrated, when the graph is written.
+        calibrate: Rounds those that are, straight into the file of the decoder's graph.
         sensitivity: Measured loss of each layer at 4 bit by module name; empty if it was not measured.
         linears: The layers as they were in float.
         notes: What the recipe asked for and the decoder did not allow, a line each.
@@ -73,6 +76,7 @@ class Quantization:
 
     layers: list[DecoderLayer]
     weights: RoundWeights
+    calibrate: Callable[[WeightFile], None]
     sensitivity: Mapping[str, float]
     linears: list[DecoderLinear]
     notes: list[str]
@@ -83,8 +87,8 @@ class Quantization:
 
     def errors(self) -> dict[str, float]:
         """Returns the relative error of each rounded weight by module name, once the graph has been written."""
-        modules = {layer.weight.removesuffix(".codes"): layer.module for layer in self.layers}
-        return {modules[weight]: error for weight, error in self.weights.errors.items()}
+        names = {layer.module: layer.weight.removesuffix(".codes") for layer in self.layers}
+        return {module: self.weights.errors[name] for module, name in names.items() if name in self.weights.errors}
 
     def rotated(self) -> set[str]:
         """Returns the names of the initializers that hold rotated weights."""
@@ -102,39 +106,38 @@ class Calibration:
     Attributes:
         prompts: The decoder's inputs for each calibration prompt; empty for recipes that need none.
         openings: The decoder's inputs for a few short text sequences.
-        folder: A folder for what is kept on disk meanwhile.
+        folder: A folder for what is kept on disk meanwhile: empty, or what an interrupted run has left.
+        finished: What is finished; kept for the next run if this one is interrupted.
         progress: Called with the stage, layers done and layers in all.
     """
 
     prompts: Sequence[Inputs]
     openings: Inputs
     folder: Path
+    finished: MutableMapping[str, Any]
     progress: Callable[[str, int, int], None]
 
     def walk(self, name: str, model: ir.Model, feeds: Sequence[Inputs]) -> Walk:
-        """Starts a walk through a model."""
+        """Starts a walk through a model, or goes on with one."""
         folder = self.folder / name
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         return Walk(model, feeds, folder)
-
-    def stored(self, rounding: RoundWeights) -> StoredWeights:
-        """Returns where rounded weights wait for the graph to be written."""
-        folder = self.folder / "codes"
-        folder.mkdir()
-        return StoredWeights(folder, rounding)
 
     def stage(self, name: str) -> Callable[[int, int], None]:
         """Returns the progress of one stage."""
         return lambda done, total: self.progress(name, done, total)
 
 
-def quantize(decoder: ir.Model, settings: Settings, calibration: Calibration) -> Quantization:
-    """Rotates and quantizes the decoder, in place. Weights stay lazy, or wait on disk once they are rounded.
+def quantize(
+    decoder: ir.Model, settings: Settings, calibration: Calibration, errors: MutableMapping[str, float] | None = None
+) -> Quantization:
+    """Rotates the decoder and places its quantizers, in place. Weights stay lazy: none is rounded yet.
 
     Args:
         decoder: The decoder's graph in float.
         settings: The recipe, with every choice made.
         calibration: What it is calibrated on.
+        errors: Takes the relative error of each weight as it is rounded; None: a new dictionary.
 
     Raises:
         RecipeError: The recipe does not fit the decoder.
@@ -144,24 +147,23 @@ def quantize(decoder: ir.Model, settings: Settings, calibration: Calibration) ->
     linears = decoder_linears(decoder)
     rotations, notes = rotate_decoder(decoder, settings)
     precisions = choose_precisions(linears, recipe)
-    rounding = RoundWeights(clip_search=recipe.clip_search)
     sensitivity: list[Sensitivity] = []
     if recipe.size_budget is not None:
         sensitivity = _raise_sensitive(decoder, linears, settings, precisions, calibration)
-    schemes = _four_bit(precisions, recipe)
-    if recipe.algorithm == "gptq":
-        _round_by_gptq(decoder, settings, precisions, calibration.stored(rounding), calibration)
-    elif recipe.algorithm == "sink" and schemes and recipe.format == "int":
-        weights = calibration.stored(rounding)
-        walk = calibration.walk("openings", decoder, [calibration.openings])
-        progress = calibration.stage("round for the attention sink")
-        round_for_openings(walk, decoder, schemes, settings.group_size, weights, progress)
-        place_quantizers(decoder, settings, precisions, weights)
-    else:
-        place_quantizers(decoder, settings, precisions, rounding)
+    calibrated = _four_bit(precisions, recipe) if recipe.algorithm != "rtn" and recipe.format == "int" else {}
+    original = decoder.clone() if calibrated else decoder
+    weights = RoundWeights(clip_search=recipe.clip_search, errors=errors)
+    place_quantizers(decoder, settings, precisions, weights)
+
+    def calibrate(file: WeightFile) -> None:
+        if calibrated:
+            rounded = RoundedWeights(file, weights.errors)
+            round_layers = _round_by_gptq if recipe.algorithm == "gptq" else _round_for_openings
+            round_layers(decoder, original, calibrated, settings, rounded, calibration)
+
     names = {linear.node: linear.module for linear in linears}
     losses = {names[layer.node]: layer.error for layer in sensitivity}
-    return Quantization(_layers(decoder, linears, rotations), rounding, losses, linears, notes)
+    return Quantization(_layers(decoder, linears, rotations), weights, calibrate, losses, linears, notes)
 
 
 def _raise_sensitive(
@@ -172,32 +174,47 @@ def _raise_sensitive(
     calibration: Calibration,
 ) -> list[Sensitivity]:
     """Measures the 4-bit layers and raises those that lose most, in `precisions`."""
-    recipe = settings.recipe
-    # What the user pinned stays as it is.
-    pinned = {x.node for x in linears if any(matches(x.module, pattern) for pattern in recipe.keep_precision)}
-    schemes = {node: scheme for node, scheme in _four_bit(precisions, recipe).items() if node not in pinned}
-    measured = measure_sensitivity(
-        calibration.walk("sensitivity", decoder, calibration.prompts),
-        decoder,
-        schemes,
-        settings.group_size,
-        RoundWeights(clip_search=recipe.clip_search),
-        calibration.stage("measure sensitivity"),
-    )
-    for layer in choose_raised(measured, recipe.size_budget or 0):
+    recipe, finished = settings.recipe, calibration.finished
+    if "sensitivity" not in finished:
+        # What the user pinned stays as it is.
+        pinned = {x.node for x in linears if any(matches(x.module, pattern) for pattern in recipe.keep_precision)}
+        schemes = {node: scheme for node, scheme in _four_bit(precisions, recipe).items() if node not in pinned}
+        measured = measure_sensitivity(
+            calibration.walk("sensitivity", decoder, calibration.prompts),
+            decoder,
+            schemes,
+            settings.group_size,
+            RoundWeights(clip_search=recipe.clip_search),
+            calibration.stage("measure sensitivity"),
+        )
+        finished["sensitivity"] = [dataclasses.asdict(layer) for layer in measured]
+    sensitivity = [Sensitivity(**layer) for layer in finished["sensitivity"]]
+    for layer in choose_raised(sensitivity, recipe.size_budget or 0):
         precisions[layer.node] = _RAISED[precisions[layer.node]]
-    return measured
+    return sensitivity
+
+
+def _round_for_openings(
+    _: ir.Model,
+    original: ir.Model,
+    schemes: Mapping[str, Scheme],
+    settings: Settings,
+    weights: RoundedWeights,
+    calibration: Calibration,
+) -> None:
+    walk = calibration.walk("openings", original, [calibration.openings])
+    progress = calibration.stage("round for the attention sink")
+    round_for_openings(walk, original, schemes, settings.group_size, weights, progress)
 
 
 def _round_by_gptq(
     decoder: ir.Model,
+    original: ir.Model,
+    schemes: Mapping[str, Scheme],
     settings: Settings,
-    precisions: Mapping[str, Precision],
-    weights: StoredWeights,
+    weights: RoundedWeights,
     calibration: Calibration,
 ) -> None:
-    original = decoder.clone()
-    place_quantizers(decoder, settings, precisions, weights)
     GptqCalibration(
         decoder,
         calibration.walk("quantized", decoder, calibration.prompts),
@@ -207,7 +224,7 @@ def _round_by_gptq(
         settings.group_size,
         GptqSettings(damping=settings.recipe.damping, activation_order=settings.recipe.activation_order),
         calibration.folder,
-    ).run(_four_bit(precisions, settings.recipe), calibration.stage("GPTQ"))
+    ).run(schemes, calibration.stage("GPTQ"))
 
 
 def _four_bit(precisions: Mapping[str, Precision], recipe: Recipe) -> dict[str, Scheme]:
@@ -225,21 +242,22 @@ def decoder_linears(decoder: ir.Model) -> list[DecoderLinear]:
 
 
 def rotate_decoder(decoder: ir.Model, settings: Settings) -> tuple[Mapping[str, LayerRotation], list[str]]:
-    """Rotates the decoder if the recipe says so.
+    """Rotates the decoder if the recipe says so; inputs at run time where the residual stream cannot be rotated.
 
     Returns:
         What was folded into each linear layer, by node name, and what could not be rotated, with the reason.
-
-    Raises:
-        RecipeError: The decoder has a structure that rotations cannot be folded into.
     """
-    if settings.recipe.rotation == "none":
+    recipe = settings.recipe
+    if recipe.rotation == "none":
         return {}, []
+    notes: list[str] = []
     try:
-        result = Rotate(settings.group_size, seed=settings.recipe.seed)(decoder)
+        result = Rotate(settings.group_size, seed=recipe.seed)(decoder)
     except GraphError as error:
-        raise RecipeError(f"this decoder cannot be rotated: {error}; use --recipe rtn") from error
-    return result.layers, [f"values of {x.node_name} are not rotated: {x.reason}" for x in result.refused]
+        # Nothing has been changed. Gemma has a norm behind each layer.
+        notes.append(f"the residual stream is not rotated, its readers' inputs are instead, at run time: {error}")
+        result = Rotate(settings.group_size, seed=recipe.seed, stream=False)(decoder)
+    return result.layers, notes + [f"values of {x.node_name} are not rotated: {x.reason}" for x in result.refused]
 
 
 def choose_precisions(linears: list[DecoderLinear], recipe: Recipe) -> dict[str, Precision]:

@@ -14,12 +14,12 @@ from qavp_export.errors import BundleError, InputError, QavpError
 from qavp_export.manifest import MANIFEST_NAME, DecoderSpec, Manifest, VisionTokens
 
 
-def _manifest() -> Manifest:
+def manifest() -> Manifest:
     return Manifest(
         source="here",
         family="llava",
         recipe={"keep": 0.5},
-        vision_tokens=VisionTokens(4, 2, "<image>", 3, "contiguous"),
+        vision_tokens=VisionTokens(4, 2, "<image>", 3, "contiguous", keep=0.5),
         decoder=DecoderSpec(1, 1, 8, 8, 10, 32, [2], 0),
         components={},
         precision={"decoder:/a": "w4a4"},
@@ -38,10 +38,10 @@ def _write(target: Path, *, force: bool = False, text: str = "hello") -> Manifes
     source.write_text(text)
     with BundleWriter(target, force=force) as writer:
         writer.copy([source])
-        return writer.commit(_manifest())
+        return writer.commit(manifest())
 
 
-def _leftovers(folder: Path) -> list[str]:
+def leftovers(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
@@ -53,7 +53,7 @@ def test_a_committed_bundle_reads_back_and_verifies(tmp_path: Path) -> None:
     # sha256 of "hello", from any other tool.
     assert read.files[0].sha256 == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
     verify_files(tmp_path / "bundle", read)
-    assert _leftovers(tmp_path) == []
+    assert leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
@@ -100,7 +100,7 @@ def test_force_replaces_only_when_the_new_bundle_is_complete(tmp_path: Path) -> 
     assert (target / "config.json").read_text() == "old"
     _write(target, force=True, text="new")
     assert (target / "config.json").read_text() == "new"
-    assert _leftovers(tmp_path) == []
+    assert leftovers(tmp_path) == []
 
 
 def test_existing_targets_are_refused(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_every_change_is_noticed(tmp_path: Path) -> None:
         ("{", "cannot be read"),
         ("[]", "schema version None"),
         ('{"schema_version": 99}', "schema version 99"),
-        ('{"schema_version": 1}', "is incomplete"),
+        ('{"schema_version": 2}', "is incomplete"),
     ],
 )
 def test_bad_manifests(tmp_path: Path, content: str, message: str) -> None:

@@ -11,14 +11,13 @@ import onnx_ir as ir
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from qavp_export.calibration.stops import Stop, find_stops
-from qavp_export.calibration.stored import StoredWeights
+from qavp_export.calibration.rounded import RoundedWeights
+from qavp_export.calibration.stops import Stop, find_stops, weight_of
 from qavp_export.calibration.walk import Walk
 from qavp_export.numerics.gptq import GptqSettings, gptq_one_level, gptq_two_level
-from qavp_export.numerics.one_level import OneLevel
-from qavp_export.numerics.two_level import TwoLevel
-from qavp_export.passes import Quantized, Scheme
-from qavp_export.passes.quantizer import relative_error, squared_error
+from qavp_export.passes import Scheme
+from qavp_export.passes._linear import input_of
+from qavp_export.passes.quantizer import relative_error, squared_error, take_rows
 
 Float32 = npt.NDArray[np.float32]
 
@@ -27,11 +26,11 @@ class GptqCalibration:
     """Rounds weights one input after the other: each layer is calibrated on what the rounded layers before it yield.
 
     Args:
-        quantized: The decoder with its quantizers in place; `weights` is its quantizer.
+        quantized: The decoder with its quantizers in place; `weights` writes into its file.
         walk: A walk over it.
         original: The decoder before that, with float weights and activations.
         original_walk: A walk over it, on the same prompts: what each layer should have seen.
-        weights: Takes the rounded weights.
+        weights: Takes the rounded weights; those that it holds already are left as they are.
         group_size: Channels that share a scale.
         settings: Damping and order.
         folder: A folder for the matrices that are in use.
@@ -43,7 +42,7 @@ class GptqCalibration:
         walk: Walk,
         original: ir.Model,
         original_walk: Walk,
-        weights: StoredWeights,
+        weights: RoundedWeights,
         group_size: int,
         settings: GptqSettings,
         folder: Path,
@@ -70,14 +69,15 @@ class GptqCalibration:
         done = 0
         for stop in find_stops(self._quantized, schemes):
             progress(done, len(schemes))
-            source = self._originals[str(stop.nodes[0].name)].inputs[0]
-            if source is None:
-                raise TypeError(f"{stop.nodes[0].name} has no input")
+            done += len(stop.nodes)
+            originals = [self._originals[str(node.name)] for node in stop.nodes]
+            if all(self._weights.holds(weight_of(node)) for node in originals):
+                continue
+            source = input_of(originals[0], 0)
             self._walk.advance([stop.value])
             self._original_walk.advance([source])
             hessian, cross = self._correlations(stop, source)
-            self._round(stop, schemes[str(stop.nodes[0].name)], hessian, cross)
-            done += len(stop.nodes)
+            self._round(originals, schemes[str(stop.nodes[0].name)], hessian, cross)
         progress(done, len(schemes))
 
     def _correlations(self, stop: Stop, source: ir.Value) -> tuple[Float32, Float32]:
@@ -102,10 +102,8 @@ class GptqCalibration:
         mapped: Float32 = np.load(file, mmap_mode="r")
         return mapped
 
-    def _round(self, stop: Stop, scheme: Scheme, hessian: Float32, cross: Float32) -> None:
-        originals = [self._originals[str(node.name)].inputs[1] for node in stop.nodes]
-        weights = [weight for weight in originals if weight is not None]
-        values = [self._original_walk.weight(weight) for weight in weights]
+    def _round(self, nodes: list[ir.Node], scheme: Scheme, hessian: Float32, cross: Float32) -> None:
+        values = [self._original_walk.weight(input_of(node, 1)) for node in nodes]
         # Layers with one input share the Hessian, so that it is factorized once.
         stacked = np.concatenate(values) if len(values) > 1 else values[0]
         rounding = gptq_two_level if scheme.scales == "two-level" else gptq_one_level
@@ -113,13 +111,10 @@ class GptqCalibration:
         with threadpool_limits(1):
             result = rounding(stacked, hessian, self._group_size, cross=cross, settings=self._settings)
         start = 0
-        for weight, value in zip(weights, values, strict=True):
-            part = _rows(result, slice(start, start + len(value)))
-            self._weights.put(str(weight.name), part, relative_error(*squared_error(value, part)))
+        for node, value in zip(nodes, values, strict=True):
+            part = take_rows(result, slice(start, start + len(value)))
+            error = relative_error(squared_error(value, part), float(np.vdot(value, value)))
+            self._weights.put(weight_of(node), part, error)
             start += len(value)
-
-
-def _rows(quantized: Quantized, rows: slice) -> Quantized:
-    if isinstance(quantized, TwoLevel):
-        return TwoLevel(quantized.codes[rows], quantized.multipliers[rows], quantized.steps[rows])
-    return OneLevel(quantized.codes[rows], quantized.scales[rows])
+            # While the weight is in memory.
+            self._original_walk.multiply(node)

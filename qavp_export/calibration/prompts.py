@@ -22,13 +22,16 @@ Array = npt.NDArray[Any]
 _OPTIONS = EngineOptions(graph_optimization="disable")
 
 
-def embed_prompts(bundle: Path, manifest: Manifest, items: tuple[CalibrationItem, ...]) -> Iterator[dict[str, Array]]:
+def embed_prompts(
+    bundle: Path, manifest: Manifest, items: tuple[CalibrationItem, ...], *, token_types: bool = False
+) -> Iterator[dict[str, Array]]:
     """Runs vision encoder and embedding on each prompt, answer included.
 
     Args:
         bundle: The folder with both graphs, tokenizer and processor.
         manifest: What is known of the bundle.
         items: The prompts. The checkpoint's chat template wraps them if it has one.
+        token_types: Whether the decoder takes `token_type_ids`.
 
     Yields:
         The decoder's inputs with an empty cache, batch size 1.
@@ -37,13 +40,11 @@ def embed_prompts(bundle: Path, manifest: Manifest, items: tuple[CalibrationItem
         CalibrationError: A picture cannot be read, or a prompt does not fit the context; the message names it.
     """
     preparer = Preparer(bundle, manifest, OrtEncoders(bundle, manifest, _OPTIONS))
-    spec = manifest.decoder
-    empty = np.zeros((1, spec.num_key_value_heads, 0, spec.head_dim), np.float32)
-    cache = {f"past_key_values.{layer}.{part}": empty for layer in range(spec.num_layers) for part in ("key", "value")}
+    cache = _empty_cache(manifest.decoder, 1)
     for item in items:
         prompt = item.prompt
         if not preparer.has_chat_template:
-            prompt = f"{manifest.vision_tokens.image_token}\n" * len(item.images) + prompt
+            prompt = f"{preparer.image_token}\n" * len(item.images) + prompt
         answer = f" {item.answer}" if item.answer else ""
         try:
             prepared = preparer.prepare(
@@ -56,26 +57,32 @@ def embed_prompts(bundle: Path, manifest: Manifest, items: tuple[CalibrationItem
             "inputs_embeds": prepared.inputs_embeds,
             "attention_mask": prepared.attention_mask,
             "position_ids": prepared.position_ids,
+            **({"token_type_ids": prepared.token_type_ids} if token_types else {}),
             **cache,
         }
 
 
-def embed_text(bundle: Path, manifest: Manifest, token_ids: npt.NDArray[np.int64]) -> dict[str, Array]:
+def embed_text(
+    bundle: Path, manifest: Manifest, token_ids: npt.NDArray[np.int64], *, token_types: bool = False
+) -> dict[str, Array]:
     """Embeds sequences of text tokens.
 
     Args:
         bundle: The folder with the embedding's graph.
         manifest: What is known of the bundle.
         token_ids: `[B,S]`, no image placeholder among them.
+        token_types: Whether the decoder takes `token_type_ids`.
 
     Returns:
         The decoder's inputs with an empty cache.
     """
-    no_images = np.zeros((0, manifest.vision_tokens.after, manifest.decoder.hidden_size), np.float32)
+    no_images = np.zeros((0, manifest.vision_tokens.after or 1, manifest.decoder.hidden_size), np.float32)
     embeds = OrtEmbedding(bundle, manifest, _OPTIONS).embed(token_ids, no_images)
     positions = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)
     mask = np.ones_like(token_ids)
     inputs: dict[str, Array] = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+    if token_types:
+        inputs["token_type_ids"] = np.zeros_like(token_ids)
     return inputs | _empty_cache(manifest.decoder, len(token_ids))
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qavp_export.passes._linear import input_of
+
 
 @dataclass(frozen=True)
 class Stop:
@@ -33,3 +35,8 @@ def find_stops(model: ir.Model, nodes: Collection[str]) -> list[Stop]:
         if node.name in nodes and node.inputs[0] is not None:
             groups.setdefault(node.inputs[0], []).append(node)
     return [Stop(value, tuple(members)) for value, members in groups.items()]
+
+
+def weight_of(node: ir.Node) -> str:
+    """Returns the name of a linear layer's float weight."""
+    return str(input_of(node, 1).name)

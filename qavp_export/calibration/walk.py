@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from onnx_ir.convenience import extract
 from qavp_export.engines import EngineOptions
 from qavp_export.engines.ort import session_options
 from qavp_export.passes import by_output_channel
+from qavp_export.passes._linear import is_linear
 
 Array = npt.NDArray[Any]
 
@@ -23,12 +25,13 @@ class Walk:
     """A forward pass over a set of prompts that stops where it is told.
 
     Each step runs the part of the graph that lies between what is known and what is wanted, for every prompt, and keeps
-    on disk what later parts will read. Weights are read when their part runs: a layer may be changed until then.
+    on disk what later parts will read. Weights are read when their part runs: a layer may be changed until then. In a
+    folder that an earlier walk over the same graph and prompts has left, it goes on where that one stopped.
 
     Args:
         model: The graph; its initializers may be lazy.
         feeds: The graph's inputs by name, one mapping for each prompt.
-        folder: An empty folder for values in between.
+        folder: A folder for values in between: empty, or an earlier walk's.
     """
 
     def __init__(self, model: ir.Model, feeds: Sequence[Mapping[str, Array]], folder: Path) -> None:
@@ -39,14 +42,22 @@ class Walk:
         self._done: set[ir.Node] = set()
         self._numbered = 0
         self._weights: dict[ir.Value, npt.NDArray[np.float32]] = {}
+        self._state = folder / "state.json"
+        if self._state.is_file():
+            self._restore()
+            return
         for value in model.graph.inputs:
             if str(value.name) in feeds[0]:
                 self._known[value] = self._new_number()
                 for prompt, feed in enumerate(feeds):
                     np.save(self._file(value, prompt), feed[str(value.name)])
+        self._remember()
 
     def advance(self, wanted: Collection[ir.Value]) -> None:
         """Computes values for every prompt; `read` gives them until the walk has passed all that read them."""
+        for node in self._between(wanted)[0]:
+            if _is_float_linear(node) and node.inputs[0] in self._known:
+                self.multiply(node)
         nodes, sources = self._between(wanted)
         if not nodes:
             return
@@ -61,7 +72,21 @@ class Walk:
             feeds = {str(value.name): np.load(self._file(value, prompt)) for value in sources}
             for value, array in zip(kept, session.run(names, feeds | weights), strict=True):
                 np.save(self._file(value, prompt), array)
+        self._remember()
         self._forget(wanted)
+
+    def multiply(self, node: ir.Node) -> None:
+        """Computes the output of a linear layer with a float weight whose input is known, and lets go of the weight."""
+        x, weight, output = node.inputs[0], node.inputs[1], node.outputs[0]
+        if x is None or weight is None:
+            raise TypeError(f"{node.name} lacks an input")
+        # As it is stored: to turn it for a MatMul would take longer than the product with a few tokens.
+        values = self.weight(weight)
+        del self._weights[weight]
+        self._known[output] = self._new_number()
+        for prompt in range(self._prompts):
+            np.save(self._file(output, prompt), np.load(self._file(x, prompt)) @ values.T)
+        self._done.add(node)
 
     def read(self, value: ir.Value) -> Iterator[Array]:
         """Yields a known value, prompt by prompt."""
@@ -69,7 +94,7 @@ class Walk:
             yield np.load(self._file(value, prompt))
 
     def weight(self, weight: ir.Value) -> npt.NDArray[np.float32]:
-        """Reads a weight `[K,N]` as `[N,K]` and keeps it until the part of the graph that multiplies by it runs."""
+        """Reads a weight `[K,N]` as `[N,K]` and keeps it until the walk multiplies by it."""
         if weight not in self._weights:
             self._weights[weight] = by_output_channel(weight)
         return self._weights[weight]
@@ -109,8 +134,7 @@ class Walk:
                 value.const_value = None
         part = ir.Model(graph, ir_version=self._model.ir_version, functions=list(self._model.functions.values()))
         options = session_options(EngineOptions(graph_optimization="disable"))
-        proto = ir.to_proto(part).SerializeToString()
-        return ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"]), weights
+        return _open(part, options), weights
 
     def _take(self, weight: ir.Value) -> Array:
         values = self.weight(weight)
@@ -121,8 +145,30 @@ class Walk:
         for value in [value for value in self._known if value not in wanted]:
             if all(user in self._done for user in _users(value)):
                 for prompt in range(self._prompts):
-                    self._file(value, prompt).unlink()
+                    self._file(value, prompt).unlink(missing_ok=True)
                 del self._known[value]
+
+    def _remember(self) -> None:
+        """Writes down where the walk is, before files that this place does not need are removed."""
+        state = {
+            "numbered": self._numbered,
+            "known": {str(value.name): number for value, number in self._known.items()},
+            "done": [index for index, node in enumerate(self._model.graph) if node in self._done],
+        }
+        file = self._state.with_suffix(".new")
+        file.write_text(json.dumps(state), encoding="utf-8")
+        file.replace(self._state)
+
+    def _restore(self) -> None:
+        state = json.loads(self._state.read_text(encoding="utf-8"))
+        graph = self._model.graph
+        values = {str(value.name): value for value in graph.inputs}
+        values |= {str(value.name): value for node in graph for value in node.outputs}
+        self._numbered = state["numbered"]
+        self._known = {values[name]: number for name, number in state["known"].items()}
+        self._done = {node for index, node in enumerate(graph) if index in set(state["done"])}
+        # The earlier walk may have begun to remove what it had passed.
+        self._forget(())
 
     def _new_number(self) -> int:
         self._numbered += 1
@@ -130,6 +176,26 @@ class Walk:
 
     def _file(self, value: ir.Value, prompt: int) -> Path:
         return self._folder / f"{self._known[value]}-{prompt}.npy"
+
+
+def _open(part: ir.Model, options: ort.SessionOptions) -> ort.InferenceSession:
+    providers = ["CPUExecutionProvider"]
+    tensors = (value.const_value for value in part.graph.initializers.values())
+    folders = {Path(tensor.base_dir) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    if not folders:
+        return ort.InferenceSession(ir.to_proto(part).SerializeToString(), options, providers=providers)
+    # Weights in a file are found relative to the graph, and mapped rather than read.
+    file = folders.pop() / "part.onnx"
+    try:
+        ir.save(part, file)
+        return ort.InferenceSession(file, options, providers=providers)
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _is_float_linear(node: ir.Node) -> bool:
+    weight = node.inputs[1] if len(node.inputs) == 2 else None
+    return node.op_type == "MatMul" and is_linear(node) and weight is not None and weight.dtype == ir.DataType.FLOAT
 
 
 def _users(value: ir.Value) -> Iterator[ir.Node]:

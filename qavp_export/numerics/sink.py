@@ -31,6 +31,8 @@ DEFAULT_RIDGE = 0.1
 SOLVE_BLOCK = 1024
 # Input channels whose mutual corrections are applied one by one; the others go as matrix products.
 BLOCK_SIZE = 32
+# Rows that are transposed at a time: they stay in a core's cache.
+TURN_ROWS = 16
 
 
 class SinkRounding:
@@ -62,7 +64,7 @@ class SinkRounding:
         ordered = np.ascontiguousarray(inputs.T[self._order].astype(np.float64))
         self._gains, self._directions = _gains(ordered, ridge), ordered.astype(np.float32)
 
-    def two_level(self, weight: Float32, group_size: int) -> TwoLevel:
+    def two_level(self, weight: Float32, group_size: int) -> tuple[TwoLevel, float]:
         """Rounds rows to the two-level grid that the clip search finds for them, keeping their outputs on the inputs.
 
         Args:
@@ -70,7 +72,8 @@ class SinkRounding:
             group_size: Input channels that share a multiplier.
 
         Returns:
-            Codes, multipliers and steps; the latter two as `quantize_two_level_clipped` returns them.
+            Codes, multipliers and steps; the latter two as `quantize_two_level_clipped` returns them. And the squared
+            norm of the weight's error.
 
         Raises:
             RecipeError: `group_size` does not divide K.
@@ -78,15 +81,17 @@ class SinkRounding:
         """
         self._check(weight)
         grid = quantize_two_level_clipped(weight, group_size)
-        return TwoLevel(self.codes(weight, grid.scales()), grid.multipliers, grid.steps)
+        codes, error = self.codes(weight, grid.scales())
+        return TwoLevel(codes, grid.multipliers, grid.steps), error
 
-    def one_level(self, weight: Float32, group_size: int) -> OneLevel:
+    def one_level(self, weight: Float32, group_size: int) -> tuple[OneLevel, float]:
         """Rounds rows to 4-bit codes with a float scale per group; otherwise as `two_level`."""
         self._check(weight)
         scales = quantize_one_level_clipped(weight, group_size).scales
-        return OneLevel(self.codes(weight, scales), scales)
+        codes, error = self.codes(weight, scales)
+        return OneLevel(codes, scales), error
 
-    def codes(self, weight: Float32, scales: Float32) -> Int8:
+    def codes(self, weight: Float32, scales: Float32) -> tuple[Int8, float]:
         """Rounds rows on a given grid.
 
         Args:
@@ -94,7 +99,7 @@ class SinkRounding:
             scales: `[n, groups]` float32; a scale of 0 counts as 1. The number of groups divides K.
 
         Returns:
-            `[n, K]` int8 in [-8, 7].
+            `[n, K]` int8 in [-8, 7], input channels outermost in memory, and the squared norm of the error.
 
         Raises:
             CalibrationError: Shapes do not match, or the weight holds NaN or infinity.
@@ -103,10 +108,10 @@ class SinkRounding:
         if scales.ndim != 2 or len(scales) != len(weight) or self.channels % max(scales.shape[1], 1):
             raise CalibrationError(f"scales of shape {list(scales.shape)} do not fit a weight of {list(weight.shape)}")
         group = self._order // (self.channels // scales.shape[1])
-        codes = np.empty(weight.shape, np.int8)
-        wanted = weight.astype(np.float32, copy=False).T[self._order]
-        codes[:, self._order] = _round(wanted, scales, group, self._gains, self._directions).T
-        return codes
+        codes = np.empty(weight.T.shape, np.int8)
+        wanted = _by_channel(weight.astype(np.float32, copy=False), self._order)
+        codes[self._order], error = _round(wanted, scales, group, self._gains, self._directions)
+        return codes.T, error
 
     def _check(self, weight: Float32) -> None:
         if weight.ndim != 2 or weight.shape[1] != self.channels or not len(weight):
@@ -133,11 +138,27 @@ def _gains(ordered: npt.NDArray[np.float64], ridge: float) -> Float32:
     return gains
 
 
-def _round(wanted: Float32, scales: Float32, group: npt.NDArray[np.intp], gains: Float32, directions: Float32) -> Int8:
-    """Returns the codes `[K, n]` of channels `[K, n]` in rounding order; `group [K]` is the column of each's scale."""
+def _by_channel(rows: Float32, order: npt.NDArray[np.intp]) -> Float32:
+    """Returns rows `[n, K]` as `[K, n]` with the channels in another order."""
+    turned = np.empty(rows.T.shape, np.float32)
+    for start in range(0, len(rows), TURN_ROWS):
+        part = slice(start, start + TURN_ROWS)
+        turned[:, part] = rows[part][:, order].T
+    return turned
+
+
+def _round(
+    wanted: Float32, scales: Float32, group: npt.NDArray[np.intp], gains: Float32, directions: Float32
+) -> tuple[Int8, float]:
+    """Rounds channels `[K, n]` in rounding order; `group [K]` is the column of each channel's scale.
+
+    Returns:
+        Codes `[K, n]` and the squared norm of the error.
+    """
     divisors = np.ascontiguousarray(np.where(scales > 0, scales, np.float32(1)).T)
     codes = np.empty(wanted.shape, np.int8)
     outputs = np.zeros((gains.shape[1], wanted.shape[1]), np.float32)
+    low, high, lost = np.float32(CODE_MIN), np.float32(CODE_MAX), 0.0
     for start in range(0, wanted.shape[0], BLOCK_SIZE):
         block = slice(start, start + BLOCK_SIZE)
         targets = wanted[block] - gains[block] @ outputs
@@ -148,12 +169,14 @@ def _round(wanted: Float32, scales: Float32, group: npt.NDArray[np.intp], gains:
             target -= ratios[i, :i] @ errors[:i]
             target /= divisor
             np.rint(target, out=target)
-            np.clip(target, CODE_MIN, CODE_MAX, out=target)
+            np.maximum(target, low, out=target)
+            np.minimum(target, high, out=target)
             codes[start + i] = target
             target *= divisor
             np.subtract(target, wanted[start + i], out=errors[i])
         outputs += directions[block].T @ errors
-    return codes
+        lost += float(np.vdot(errors, errors))
+    return codes, lost
 
 
 def _check_finite(name: str, values: Float32) -> None:

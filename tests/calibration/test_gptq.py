@@ -9,12 +9,13 @@ import onnx_ir as ir
 import pytest
 
 from qavp_export.calibration.gptq import GptqCalibration
+from qavp_export.calibration.rounded import RoundedWeights
 from qavp_export.calibration.stops import find_stops
-from qavp_export.calibration.stored import StoredWeights
 from qavp_export.calibration.walk import Walk
 from qavp_export.errors import CalibrationError
 from qavp_export.numerics.gptq import GptqSettings
 from qavp_export.passes import W4A4, W4A16, W8A16, PlaceQdq, Rotate, RoundWeights, Scheme
+from qavp_export.weight_file import WeightFile
 from tests.calibration.test_walk import decoder_feeds
 from tests.passes.decoders import hand_made, llama_decoder
 from tests.passes.graphs import session
@@ -46,8 +47,9 @@ class Run:
         self.quantized = original
         for name in ("codes", "quantized", "original"):
             (folder / name).mkdir()
-        weights = StoredWeights(folder / "codes", self.rounding)
-        PlaceQdq(GROUP, [*self.schemes.items(), (HEAD, W8A16)], weights)(self.quantized)
+        PlaceQdq(GROUP, [*self.schemes.items(), (HEAD, W8A16)], self.rounding)(self.quantized)
+        self.file = WeightFile(folder / "codes" / "model.onnx", self.quantized, {})
+        weights = RoundedWeights(self.file, self.rounding.errors)
         self.walk = Walk(self.quantized, self.feeds, folder / "quantized")
         self.steps: list[tuple[int, int]] = []
         calibration = GptqCalibration(
@@ -61,6 +63,8 @@ class Run:
             folder=folder,
         )
         calibration.run(self.schemes, lambda *step: self.steps.append(step))
+        # For sessions of graphs in memory.
+        ir.external_data.load_to_model(self.quantized)
 
     def rounded_to_nearest(self) -> ir.Model:
         model = self.original.clone()
@@ -93,8 +97,9 @@ def test_gptq_lowers_the_error_with_float_inputs_and_one_level_scales(tmp_path: 
 
 def test_every_layer_is_rounded_once_and_nothing_else(w4a4: Run) -> None:
     weights = {str(node.inputs[1].name) for node in w4a4.original.graph if node.name in w4a4.schemes and node.inputs[1]}
-    stored = [file.name for file in w4a4.folder.joinpath("codes").iterdir()]
-    assert len(stored) == len(weights) == 14
+    written = {name for name in w4a4.quantized.graph.initializers if w4a4.file.holds(name)}
+    assert len(weights) == 14
+    assert written == {f"{weight}.{part}" for weight in weights for part in ("codes", "multipliers", "steps")}
     assert weights <= w4a4.rounding.errors.keys()
     # q, k and v are rounded together, gate and up are.
     assert w4a4.steps == [(done, 14) for done in (0, 3, 4, 6, 7, 10, 11, 13, 14)]
@@ -106,7 +111,7 @@ def test_each_layer_saw_what_the_rounded_layers_before_it_yield(w4a4: Run) -> No
     tapped.graph.outputs.append(next(v for node in tapped.graph for v in node.outputs if v.name == last.name))
     runner = session(tapped, optimize=False)
     for seen, feed in zip(w4a4.walk.read(last), w4a4.feeds, strict=True):
-        # Weights come from the files that calibration wrote: all codes of the walk are the graph's.
+        # Weights come from the file that calibration wrote: all codes of the walk are the graph's.
         np.testing.assert_array_equal(seen, runner.run([last.name], dict(feed))[0])
 
 
@@ -117,11 +122,13 @@ def test_numbers_that_overflow_are_an_error_of_the_calibration(tmp_path: Path) -
     quantized = original.clone()
     for name in ("codes", "quantized", "original"):
         (tmp_path / name).mkdir()
-    stored = StoredWeights(tmp_path / "codes", RoundWeights())
     schemes = {"layer": W4A16}
-    PlaceQdq(GROUP, list(schemes.items()), stored)(quantized)
+    PlaceQdq(GROUP, list(schemes.items()))(quantized)
+    weights_file = WeightFile(tmp_path / "codes" / "model.onnx", quantized, {})
     feeds = [{"x": np.full((1, 3, 32), 1e20, np.float32)}]
     walks = [Walk(model, feeds, tmp_path / name) for model, name in ((quantized, "quantized"), (original, "original"))]
-    driver = GptqCalibration(quantized, walks[0], original, walks[1], stored, GROUP, GptqSettings(), tmp_path)
+    driver = GptqCalibration(
+        quantized, walks[0], original, walks[1], RoundedWeights(weights_file, {}), GROUP, GptqSettings(), tmp_path
+    )
     with pytest.raises(CalibrationError, match="the model overflows on the calibration data"):
         driver.run(schemes, lambda *_: None)

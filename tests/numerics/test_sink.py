@@ -21,15 +21,15 @@ Nearest = Callable[[np.ndarray, int], TwoLevel | OneLevel]
 
 
 def sink_two_level(weight: np.ndarray, inputs: np.ndarray, group_size: int, ridge: float = 0.1) -> TwoLevel:
-    return SinkRounding(inputs, ridge).two_level(weight, group_size)
+    return SinkRounding(inputs, ridge).two_level(weight, group_size)[0]
 
 
 def sink_one_level(weight: np.ndarray, inputs: np.ndarray, group_size: int, ridge: float = 0.1) -> OneLevel:
-    return SinkRounding(inputs, ridge).one_level(weight, group_size)
+    return SinkRounding(inputs, ridge).one_level(weight, group_size)[0]
 
 
 def sink_codes(weight: np.ndarray, scales: np.ndarray, inputs: np.ndarray, ridge: float = 0.1) -> np.ndarray:
-    return SinkRounding(inputs, ridge).codes(weight, scales)
+    return SinkRounding(inputs, ridge).codes(weight, scales)[0]
 
 
 BOTH = [(sink_two_level, quantize_two_level_clipped), (sink_one_level, quantize_one_level_clipped)]
