@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from qavp_export.engines import Encoders, EngineOptions, FloatArray, IntArray
-from qavp_export.engines.ort import OrtCpuEngine, OrtEncoders
-from qavp_export.families import Plan
-from qavp_export.manifest import Manifest
-from qavp_export.parity.layers import Agreement, DecoderLayer
-from qavp_export.parity.loading import reference_bytes
+from qavp_export.engines import FloatArray, IntArray
+from qavp_export.engines.ort import OrtEncoders
+from qavp_export.memory import release_memory
+from qavp_export.parity.decoders import PLAIN, Comparison, Exported, compare_complete, compare_layers
+from qavp_export.parity.layers import Agreement
+from qavp_export.parity.loading import drop_vision, has_module, load_reference
 from qavp_export.parity.nvfp4 import ReadWeight, check_nvfp4_weights
-from qavp_export.parity.prompts import random_prompts
-from qavp_export.parity.reference import Reference
-from qavp_export.parity.tapped import run_decoder
+from qavp_export.parity.truncated import truncated_decoder
+from qavp_export.parity.vision import VisionReference
 from qavp_export.passes import NVFP4
-from qavp_export.settings import Settings
 
-Verdict = Literal["PASS", "FAIL", "NOT COMPARED", "DECODER NOT RUN"]
+Verdict = Literal["PASS", "FAIL", "DECODER NOT RUN"]
+
+# Tensors of a checkpoint that is loaded whole.
+WHOLE_BYTES = 1 << 30
+# Of a larger one, the decoder's layers that are.
+_FIRST_LAYERS = 2
+_STEPS = (
+    "2 random images and 2 left-padded prompts: prefill and 1 decode step, every quantized activation on the same "
+    "input, every quantized weight"
+)
+_COMPLETE = f"complete graphs on {_STEPS}"
+_LAYER_BY_LAYER = (
+    f"vision encoder, embedding and the decoder cut to its first {_FIRST_LAYERS} layers, complete, on {_STEPS}; then "
+    "all layers of the decoder, one by one, in a prefill: every quantized activation on the same input, every "
+    "quantized weight by what it makes of random vectors"
+)
 
 # The graphs differ from torch by the order of float32 sums. Relative to the largest logit.
 LOGITS_TOLERANCE = 1e-3
@@ -32,8 +45,6 @@ LOGITS_TOLERANCE = 1e-3
 DIFFERING_CODES_TOLERANCE = 1e-3
 # A group's multiplier may move too, from 1 to 2 at most doubling its step: half of the old plus half of the new.
 STEPS_TOLERANCE = 1.6
-# Of a weight and what GPTQ made of it, which may shrink it where its input is mostly noise; 0 for codes of another.
-WEIGHT_COSINE_TOLERANCE = 0.5
 # Two scores closer than this are a tie as far as float32 sums can tell.
 SCORE_TOLERANCE = 1e-5
 
@@ -43,7 +54,7 @@ class Parity:
     """What was compared and found.
 
     Attributes:
-        verdict: PASS, FAIL, NOT COMPARED (too little memory) or DECODER NOT RUN (no engine here runs its format).
+        verdict: PASS, FAIL or DECODER NOT RUN (no engine here runs its format).
         reason: Why the verdict is not PASS; empty otherwise.
         compared: What the figures cover.
         max_abs: Largest absolute difference of logits.
@@ -74,27 +85,20 @@ class Parity:
 
 
 def check_parity(
-    checkpoint: Path,
-    bundle: Path,
-    manifest: Manifest,
-    plan: Plan,
-    settings: Settings,
-    layers: list[DecoderLayer],
-    read_weight: ReadWeight,
+    exported: Exported, read_weight: ReadWeight, work: Path, progress: Callable[[int, int], None]
 ) -> Parity:
     """Compares the bundle's graphs with the reference on two random images and a padded batch of two prompts.
 
     Covers the vision encoder with scoring and selection, the embedding, a prefill with left padding and one decode
-    step on the prefill's cache. ONNX Runtime cannot run FP4: of a decoder in NVFP4 the weights alone are compared.
+    step on the prefill's cache. A model of more than `WHOLE_BYTES` is never loaded whole: its first two layers are run
+    like that, and then all layers, one by one, in a prefill. ONNX Runtime cannot run FP4: of a decoder in NVFP4 the
+    weights alone are compared.
 
     Args:
-        checkpoint: The checkpoint folder.
-        bundle: The folder that holds the graphs.
-        manifest: The bundle's manifest, `parity` not yet filled in.
-        plan: The model's sizes.
-        settings: The recipe, with every choice made.
-        layers: The decoder's linear layers.
+        exported: The export.
         read_weight: Reads a decoder weight as it was before quantization, see `check_nvfp4_weights`.
+        work: A folder for what is kept on disk meanwhile.
+        progress: Called with steps done and steps in all.
 
     Returns:
         The figures and the verdict.
@@ -102,27 +106,35 @@ def check_parity(
     Raises:
         ParityError: An FP4 weight differs.
     """
-    needed, available = reference_bytes(checkpoint), _available_bytes()
-    if needed > available:
-        reason = f"the reference needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are free"
-        return Parity("NOT COMPARED", reason, "nothing")
-    options, graph = EngineOptions(graph_optimization="disable"), bundle / manifest.components["decoder"].file
-    if any(layer.precision == NVFP4 for layer in layers):
-        # Without layers the reference keeps its own decoder.
-        reference = Reference(checkpoint, plan, settings, [], graph)
-        vision = _compare_vision(OrtEncoders(bundle, manifest, options), reference, plan, settings.recipe.seed)
-        return _judge_encoders(vision, check_nvfp4_weights(graph, read_weight))
-    engine = OrtCpuEngine(bundle, manifest, options)
-    reference = Reference(checkpoint, plan, settings, layers, graph)
-    vision = _compare_vision(engine, reference, plan, settings.recipe.seed)
-    prompts = random_prompts(np.random.default_rng(settings.recipe.seed), plan, settings.tokens_kept)
-    embeds = engine.embed(prompts.ids, vision.features)
-    next_embeds = engine.embed(prompts.next_ids, vision.features[:0])
-    taps = sorted({layer.activation for layer in layers if layer.activation is not None})
-    actual = run_decoder(graph, embeds, next_embeds, prompts, taps)
-    expected = reference.decode(prompts, vision.expected, actual.activations)
-    valid = prompts.grown_mask.astype(bool)
-    return _judge(actual.logits[valid], expected[valid], reference, vision)
+    whole = exported.checkpoint.total_bytes <= WHOLE_BYTES
+    if any(layer.precision == NVFP4 for layer in exported.layers):
+        model = load_reference(exported.checkpoint.folder, (), None if whole else 0)
+        vision = _compare_vision(exported, model)
+        return _judge_encoders(vision, check_nvfp4_weights(exported.decoder, read_weight))
+    if whole:
+        model = load_reference(exported.checkpoint.folder, exported.modules)
+        vision = _compare_vision(exported, model)
+        complete = compare_complete(exported, exported.decoder, model, vision.features, vision.expected)
+        return _judge(vision, [complete], _COMPLETE)
+    vision, complete = _compare_first_layers(exported)
+    release_memory()
+    layers = compare_layers(exported, vision.features, work, progress)
+    return _judge(vision, [complete, layers], _LAYER_BY_LAYER)
+
+
+def _compare_first_layers(exported: Exported) -> tuple[_Vision, Comparison]:
+    """Compares the vision encoder, and a copy of the decoder that has only its first layers."""
+    model = load_reference(exported.checkpoint.folder, exported.modules, _FIRST_LAYERS)
+    vision = _compare_vision(exported, model)
+    drop_vision(model, exported.family)
+    release_memory()
+    first = dataclasses.replace(
+        exported,
+        plan=dataclasses.replace(exported.plan, num_layers=min(_FIRST_LAYERS, exported.plan.num_layers)),
+        layers=[layer for layer in exported.layers if has_module(model, layer.module)],
+    )
+    with truncated_decoder(exported.decoder, _FIRST_LAYERS) as graph:
+        return vision, compare_complete(first, graph, model, vision.features, vision.expected)
 
 
 @dataclass(frozen=True)
@@ -144,12 +156,17 @@ class _Vision:
         return float(np.max(np.abs(self.features - self.expected)))
 
 
-def _compare_vision(encoders: Encoders, reference: Reference, plan: Plan, seed: int) -> _Vision:
-    pixels = np.random.default_rng(seed).standard_normal((2, 3, *plan.image_size)).astype(np.float32)
-    features, kept_indices = encoders.encode_images(pixels)
-    kept, scores, unpruned = reference.vision(pixels)
-    chosen = np.take_along_axis(unpruned, kept_indices[..., None], axis=1)
-    return _Vision(features, chosen, _selection_agreement(kept_indices, kept, scores))
+def _compare_vision(exported: Exported, model: Any) -> _Vision:
+    encoders = OrtEncoders(exported.bundle, exported.manifest, PLAIN)
+    reference = VisionReference(model, exported.family, exported.plan, exported.settings)
+    features, expected, same_tokens = [], [], []
+    for arguments in reference.draw(exported.settings.recipe.seed):
+        selection = reference.select(arguments)
+        kept_features, kept = encoders.encode_images(reference.feeds(arguments, selection))
+        features.append(kept_features)
+        expected.append(np.take_along_axis(selection.features, kept[..., np.newaxis], axis=1))
+        same_tokens.append(_selection_agreement(kept, selection.kept, selection.scores))
+    return _Vision(np.concatenate(features), np.concatenate(expected), float(np.mean(same_tokens)))
 
 
 def _selection_agreement(actual: IntArray, expected: IntArray, scores: FloatArray) -> float:
@@ -162,31 +179,35 @@ def _selection_agreement(actual: IntArray, expected: IntArray, scores: FloatArra
     return equal / actual.size
 
 
-def _judge(actual: FloatArray, expected: FloatArray, reference: Reference, vision: _Vision) -> Parity:
-    """Returns the verdict on logits `[tokens, V]`."""
-    ours, theirs = actual.astype(np.float64), expected.astype(np.float64)
-    difference = np.abs(ours - theirs)
-    norms = float(np.linalg.norm(ours) * np.linalg.norm(theirs))
-    relative = float(difference.max() / max(float(np.abs(theirs).max()), 1e-30))
-    cosine = reference.weights.smallest_cosine
-    reasons = [*_different_tokens(vision), *_differences("weights", reference.weights.agreement)]
-    reasons += _differences("activations", reference.activations)
-    # `not x <= limit`, so that NaN fails.
-    if not cosine >= WEIGHT_COSINE_TOLERANCE:
-        reasons.append(f"a weight has cosine {cosine:.2f} with the checkpoint's")
-    if not relative <= LOGITS_TOLERANCE:
-        reasons.append(f"logits differ by {relative:.1e} of the largest")
+def _judge(vision: _Vision, decoders: list[Comparison], compared: str) -> Parity:
+    """Returns the verdict; the figures are those of all decoders together."""
+    reasons = list(_different_tokens(vision))
+    differences, cosines, same = [], [], []
+    activations, weights = Agreement(), Agreement()
+    for decoder in decoders:
+        ours, theirs = decoder.actual.astype(np.float64), decoder.expected.astype(np.float64)
+        differences.append(np.abs(ours - theirs))
+        relative = float(differences[-1].max() / max(float(np.abs(theirs).max()), 1e-30))
+        norms = float(np.linalg.norm(ours) * np.linalg.norm(theirs))
+        cosines.append(float(np.sum(ours * theirs) / norms) if norms else 1.0)
+        same.append(float(np.mean(ours.argmax(-1) == theirs.argmax(-1))))
+        reasons += decoder.weights.wrong[:1]
+        # `not x <= limit`, so that NaN fails.
+        if not relative <= LOGITS_TOLERANCE:
+            reasons.append(f"logits differ by {relative:.1e} of the largest")
+        activations.merge(decoder.activations)
+        weights.merge(decoder.weights.agreement)
+    reasons += [*_differences("weights", weights), *_differences("activations", activations)]
     return Parity(
         verdict="FAIL" if reasons else "PASS",
         reason="; ".join(reasons),
-        compared="complete graphs on 2 random images and 2 left-padded prompts: prefill and 1 decode step, every "
-        "quantized activation on the same input, every quantized weight",
-        max_abs=float(difference.max()),
-        mean_abs=float(difference.mean()),
-        cosine=float(np.sum(ours * theirs) / norms) if norms else 1.0,
-        argmax_agreement=float(np.mean(actual.argmax(-1) == expected.argmax(-1))),
-        codes_agreement=1 - _differing(reference.activations),
-        weights_agreement=1 - _differing(reference.weights.agreement),
+        compared=compared,
+        max_abs=max(float(difference.max()) for difference in differences),
+        mean_abs=float(np.mean([difference.mean() for difference in differences])),
+        cosine=min(cosines),
+        argmax_agreement=min(same),
+        codes_agreement=1 - _differing(activations),
+        weights_agreement=1 - _differing(weights),
         features_max_abs=vision.max_abs,
         kept_indices_equal=vision.same_tokens,
     )
@@ -220,12 +241,3 @@ def _differences(what: str, agreement: Agreement) -> Iterator[str]:
 
 def _differing(agreement: Agreement) -> float:
     return agreement.differing / max(agreement.compared, 1)
-
-
-def _available_bytes() -> int:
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-        if "MemAvailable" in lines:
-            return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

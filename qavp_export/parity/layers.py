@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 import torch
 from torch import nn
 
@@ -19,6 +17,9 @@ from qavp_export.numerics.one_level import OneLevel, quantize_one_level
 from qavp_export.numerics.two_level import TwoLevel, quantize_two_level
 from qavp_export.passes import LayerRotation
 from qavp_export.settings import Settings
+
+if TYPE_CHECKING:
+    from qavp_export.parity.weights import WeightComparison
 
 
 @dataclass(frozen=True)
@@ -68,80 +69,11 @@ class Agreement:
         self.differing += int((distance > 0.5).sum())
         self.worst = max(self.worst, float(distance.max(initial=0)))
 
-
-class LayerFolder:
-    """Gives a Hugging Face decoder the graph's weights.
-
-    Args:
-        model: The Hugging Face model, float32.
-        settings: The recipe, with every choice made.
-        graph: The decoder's graph.
-
-    Attributes:
-        agreement: How the graph's weights compare with rounding to nearest of the reference's.
-        smallest_cosine: Smallest cosine similarity of a weight that was not rounded to nearest; such a
-            weight need not be near the original, but points the same way.
-    """
-
-    def __init__(self, model: Any, settings: Settings, graph: Path) -> None:
-        self.agreement = Agreement()
-        self.smallest_cosine = 1.0
-        self._model = model
-        self._settings = settings
-        self._stored = ir.load(graph).graph.initializers
-
-    def fold(self, layers: list[DecoderLayer]) -> None:
-        """Replaces the weights of all layers; norm gains that went into weights become ones."""
-        for layer in layers:
-            self._fold(layer)
-        for name in {layer.gain for layer in layers if layer.gain is not None}:
-            gain = self._model.get_parameter(name)
-            gain.data = torch.ones_like(gain)
-
-    def _fold(self, layer: DecoderLayer) -> None:
-        linear = self._model.get_submodule(layer.module)
-        weight = linear.weight.detach().numpy().astype(np.float64)
-        if layer.gain is not None:
-            weight = weight * self._model.get_parameter(layer.gain).detach().numpy()
-        for rotation in layer.rotation.inputs:
-            weight = rotation.apply(weight)
-        if layer.rotation.output is not None:
-            weight = layer.rotation.output.apply(weight.T).T
-            if linear.bias is not None:
-                bias = layer.rotation.output.apply(linear.bias.detach().numpy()).astype(np.float32)
-                linear.bias = nn.Parameter(torch.from_numpy(bias), requires_grad=False)
-        values = np.ascontiguousarray(weight.astype(np.float32))
-        if layer.precision.startswith("w"):
-            values = self._compare(layer, values)
-        # A new parameter, not an assignment into the old: an embedding table may share it.
-        linear.weight = nn.Parameter(torch.from_numpy(values), requires_grad=False)
-
-    def _compare(self, layer: DecoderLayer, weight: FloatArray) -> FloatArray:
-        """Returns the graph's weight `[N,K]`, after comparing it with what it should be."""
-        stored = self._read(layer.weight)
-        if self._settings.recipe.algorithm != "rtn" and layer.precision.startswith("w4"):
-            sizes = float(np.linalg.norm(weight)) * float(np.linalg.norm(stored))
-            cosine = float(np.vdot(weight, stored)) / sizes if sizes else 1.0
-            self.smallest_cosine = min(self.smallest_cosine, cosine)
-        else:
-            self.agreement.add(quantize_weight(weight, layer.precision, self._settings), stored)
-        return stored
-
-    def _read(self, codes: str) -> FloatArray:
-        base = codes.removesuffix(".codes")
-        values = self._array(codes).astype(np.float32)
-        if f"{base}.steps" in self._stored:
-            scales = self._array(f"{base}.multipliers").astype(np.float32) * self._array(f"{base}.steps")
-        else:
-            scales = self._array(f"{base}.scales")
-        values *= np.repeat(scales, len(values) // len(scales), axis=0)
-        return np.ascontiguousarray(values.T)
-
-    def _array(self, name: str) -> npt.NDArray[Any]:
-        tensor = self._stored[name].const_value
-        if tensor is None:
-            raise TypeError(f"initializer {name} has no tensor")
-        return tensor.numpy()
+    def merge(self, other: Agreement) -> None:
+        """Takes in another comparison."""
+        self.compared += other.compared
+        self.differing += other.differing
+        self.worst = max(self.worst, other.worst)
 
 
 def quantize_weight(weight: FloatArray, precision: str, settings: Settings) -> TwoLevel | OneLevel:
@@ -169,11 +101,14 @@ def quantize_activation(values: FloatArray, precision: str, settings: Settings) 
 
 
 class LayerHooks:
-    """Makes a layer's module see what the graph's layer sees: a rotated input, quantized to the graph's codes.
+    """Makes a layer's module compute what the graph's layer does: quantized input times weight, in the rotated basis.
+
+    The weight is in the module only while it runs.
 
     Args:
         layer: The layer.
         settings: The recipe, with every choice made.
+        weights: Gives the graph's weight, compared with what it should be.
         steps: For each forward pass the graph's quantized input `[B,S,K]`, if it has one, and which tokens count.
         agreement: Counts how the codes compare.
     """
@@ -182,16 +117,25 @@ class LayerHooks:
         self,
         layer: DecoderLayer,
         settings: Settings,
+        weights: WeightComparison,
         steps: Iterator[tuple[FloatArray, IntArray]],
         agreement: Agreement,
     ) -> None:
         self._layer = layer
         self._settings = settings
+        self._weights = weights
         self._steps = steps
         self._agreement = agreement
+        self._own: tuple[nn.Parameter, nn.Parameter | None] | None = None
 
-    def before(self, _: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+    def before(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
         """Forward pre-hook: rotates the input, compares its codes with the graph's and goes on with the graph's."""
+        linear: Any = module
+        self._own = linear.weight, linear.bias
+        weight, bias = self._weights.take(self._layer, linear)
+        linear.weight = nn.Parameter(torch.from_numpy(weight), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(torch.from_numpy(bias), requires_grad=False)
         values = args[0].numpy()
         for rotation in self._layer.rotation.inputs:
             values = rotation.apply(values)
@@ -203,8 +147,11 @@ class LayerHooks:
             values = graph
         return (torch.from_numpy(values),)
 
-    def after(self, _: nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    def after(self, module: nn.Module, _: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """Forward hook: turns the output back into the model's own basis."""
+        linear: Any = module
+        if self._own is not None:
+            linear.weight, linear.bias = self._own
         rotation = self._layer.rotation.output
         if rotation is None:
             return output

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,55 +14,113 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from qavp_export.checkpoint import Checkpoint, read_config
-from qavp_export.families import family_for
+from qavp_export.families import Family, family_for
 from qavp_export.prequantized import quantization_settings
 from qavp_export.tracing import build_skeleton
 from qavp_export.weights import CheckpointWeights
 
 
-def load_reference(folder: Path) -> nn.Module:
-    """Loads a checkpoint in float32, in evaluation mode, with eager attention.
+def load_reference(folder: Path, layers: Collection[str], decoder_layers: int | None = None) -> nn.Module:
+    """Loads a checkpoint in evaluation mode, with eager attention.
 
-    transformers reads an ordinary checkpoint. A pre-quantized one it would hand to the quantizer's own library, so its
-    weights are read as the exporter reads them and filled into the model without quantization: what a comparison with
-    that model shows is the graphs, not the reading of the weights.
+    Linear layers of the decoder and the embedding table stay in the dtype that they are stored in, everything else is
+    float32. transformers reads an ordinary checkpoint. A pre-quantized one it would hand to the quantizer's own
+    library, so its weights are read as the exporter reads them and filled into the model without quantization: what a
+    comparison with that model shows is the graphs, not the reading of the weights.
+
+    Args:
+        folder: The checkpoint folder.
+        layers: Names of the decoder's linear layers.
+        decoder_layers: How many of the decoder's layers are loaded; None for all.
 
     Raises:
         CheckpointError: The checkpoint is quantized in a way that is not supported, or damaged.
     """
+    config = _config(folder, decoder_layers)
     if quantization_settings(read_config(folder)) is not None:
-        return _load_dequantized(folder)
-    auto: Any = AutoModelForImageTextToText
-    with _no_progress_bar():
-        model: nn.Module = auto.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        model = _load_dequantized(folder, config)
+    else:
+        auto: Any = AutoModelForImageTextToText
+        with _quiet():
+            model = auto.from_pretrained(
+                folder,
+                config=config,
+                dtype="auto",
+                attn_implementation="eager",
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+    _to_float(model, layers)
     return model.eval()
 
 
-def reference_bytes(folder: Path) -> int:
-    """Returns what `load_reference` needs at its peak, in bytes, with a margin for one layer's quantization."""
-    if quantization_settings(read_config(folder)) is None:
-        # float32 weights from 16-bit files, while the file is mapped.
-        return 3 * sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    skeleton, _ = build_skeleton(_config(folder))
-    sizes = [4 * parameter.numel() for parameter in skeleton.parameters()]
-    # The largest weight is there three times: in the model, as read, and as it is packed.
-    return sum(sizes) + 2 * max(sizes)
+def load_streamed(
+    checkpoint: Checkpoint, family: Family, layers: Collection[str]
+) -> tuple[nn.Module, CheckpointWeights]:
+    """Builds a checkpoint's decoder with eager attention and without the weights of its linear layers.
+
+    Args:
+        checkpoint: The checkpoint.
+        family: Its family.
+        layers: Names of the decoder's linear layers.
+
+    Returns:
+        The model, of which only the decoder behind the embedding can be run, and then only with hooks that give linear
+        layers their weights; and what reads these weights.
+    """
+    config = _config(checkpoint.folder, None)
+    config._attn_implementation = "eager"
+    model, _ = build_skeleton(config)
+    weights = CheckpointWeights(checkpoint, family, model)
+    linear = {f"{layer}.weight" for layer in layers}
+    modules = {id(module): name for name, module in model.named_modules()}
+    for module in family.decoder(model).modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{modules[id(module)]}.{leaf}"
+            if parameter.dim() == 1 and name not in linear:
+                values = weights.tensor(name, tuple(parameter.shape)).numpy()
+                setattr(module, leaf, nn.Parameter(torch.from_numpy(values.copy()), requires_grad=False))
+    return model, weights
 
 
-def _load_dequantized(folder: Path) -> nn.Module:
+def _to_float(model: nn.Module, layers: Collection[str]) -> None:
+    kept = {id(model.get_submodule(layer).weight) for layer in layers if has_module(model, layer)}
+    kept.add(id(model.get_input_embeddings().weight))
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in kept:
+                parameter.data = parameter.data.float()
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.float())
+
+
+def drop_vision(model: nn.Module, family: Family) -> None:
+    """Frees what neither the decoder nor the embedding reads."""
+    kept = {id(parameter) for parameter in family.decoder(model).parameters()}
+    kept.add(id(model.get_input_embeddings().weight))  # type: ignore[operator]  # of the Hugging Face model
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.data = torch.empty(0)
+
+
+def has_module(model: nn.Module, module: str) -> bool:
+    """Whether a model has a module of that name."""
+    try:
+        model.get_submodule(module)
+    except AttributeError:
+        return False
+    return True
+
+
+def _load_dequantized(folder: Path, config: Any) -> nn.Module:
     checkpoint = Checkpoint.open(folder)
     auto: Any = AutoModelForImageTextToText
     # Initialisers would take minutes to draw what is overwritten; they also tie. Unlike from_pretrained, from_config
     # takes no notice of a quantization_config.
     with no_init_weights():
-        model: Any = auto.from_config(_config(folder), dtype=torch.float32, attn_implementation="eager")
+        model: Any = auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
     model.tie_weights()
     weights = CheckpointWeights(checkpoint, family_for(checkpoint.config.get("model_type")), model)
     weights.check_stored()
@@ -73,22 +131,30 @@ def _load_dequantized(folder: Path) -> nn.Module:
             else:
                 # A layer that the exported graphs do not use, or tracing would have missed it.
                 parameter.zero_()
-    reference: nn.Module = model.eval()
+    reference: nn.Module = model
     return reference
 
 
-def _config(folder: Path) -> Any:
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+def _config(folder: Path, decoder_layers: int | None) -> Any:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if decoder_layers is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers = decoder_layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:decoder_layers]
+    return config
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    # transformers' own bar would be drawn over the export's.
+def _quiet() -> Iterator[None]:
+    # transformers' own bar would be drawn over the export's; layers that are left out would be reported one by one.
     logging: Any = transformers_logging
-    enabled = logging.is_progress_bar_enabled()
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if enabled:
             logging.enable_progress_bar()

@@ -20,11 +20,18 @@ class Prompts:
         ids: Token ids `[2,S]`.
         mask: 1 for tokens, 0 for padding `[2,S]`.
         next_ids: `[2,1]`.
+        image_token_id: The placeholder.
     """
 
     ids: IntArray
     mask: IntArray
     next_ids: IntArray
+    image_token_id: int
+
+    @property
+    def token_type_ids(self) -> IntArray:
+        """1 for image tokens `[2,S]`."""
+        return (self.ids == self.image_token_id).astype(np.int64)
 
     @property
     def positions(self) -> IntArray:
@@ -51,4 +58,5 @@ def random_prompts(rng: np.random.Generator, plan: Plan, tokens_kept: int) -> Pr
     ids = [np.pad(row, (width - len(row), 0), constant_values=text_ids[0]) for row in rows]
     mask = [np.pad(np.ones_like(row), (width - len(row), 0)) for row in rows]
     next_ids = rng.choice(text_ids, (len(rows), 1))
-    return Prompts(np.stack(ids).astype(np.int64), np.stack(mask).astype(np.int64), next_ids.astype(np.int64))
+    arrays = (array.astype(np.int64) for array in (np.stack(ids), np.stack(mask), next_ids))
+    return Prompts(*arrays, image_token_id=plan.image_token_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from qavp_export.engines import EngineOptions, FloatArray
 from qavp_export.engines.ort import session_options
 from qavp_export.parity.prompts import Prompts
+
+# What the decoders of families declare beyond the contract: 1 for image tokens.
+TOKEN_TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,23 @@ class Run:
 
     logits: FloatArray
     activations: Mapping[str, tuple[FloatArray, FloatArray]]
+
+
+def prefill_feeds(shapes: Mapping[str, Sequence[Any]], embeds: FloatArray, prompts: Prompts) -> dict[str, Any]:
+    """Returns the decoder's inputs for a prefill on an empty cache.
+
+    Args:
+        shapes: Shapes of the graph's inputs by name.
+        embeds: Embedded prompts `[B,S,D]`.
+        prompts: The prompts.
+    """
+    feeds: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": prompts.mask, "position_ids": prompts.positions}
+    for name, shape in shapes.items():
+        if name.startswith("past_key_values."):
+            feeds[name] = np.zeros((len(embeds), shape[1], 0, shape[3]), np.float32)
+        elif name == TOKEN_TYPES:
+            feeds[name] = prompts.token_type_ids
+    return feeds
 
 
 def run_decoder(graph: Path, embeds: FloatArray, next_embeds: FloatArray, prompts: Prompts, taps: list[str]) -> Run:
@@ -46,9 +66,7 @@ def run_decoder(graph: Path, embeds: FloatArray, next_embeds: FloatArray, prompt
     outputs = [output.name for output in session.get_outputs()]
     shapes = {value.name: value.shape for value in session.get_inputs()}
     past = [name for name in shapes if name.startswith("past_key_values.")]
-    batch = len(embeds)
-    feeds: dict[str, Any] = {name: np.zeros((batch, shapes[name][1], 0, shapes[name][3]), np.float32) for name in past}
-    feeds |= {"inputs_embeds": embeds, "attention_mask": prompts.mask, "position_ids": prompts.positions}
+    feeds = prefill_feeds(shapes, embeds, prompts)
     prefill = dict(zip(outputs, session.run(outputs, feeds), strict=True))
     feeds = {name: prefill[name.replace("past_key_values.", "present.")] for name in past}
     feeds |= {
@@ -56,6 +74,7 @@ def run_decoder(graph: Path, embeds: FloatArray, next_embeds: FloatArray, prompt
         "attention_mask": prompts.grown_mask,
         "position_ids": prompts.next_positions,
     }
+    feeds |= {name: np.zeros_like(prompts.next_ids) for name in shapes if name == TOKEN_TYPES}
     step = dict(zip(outputs, session.run(outputs, feeds), strict=True))
     return Run(
         logits=np.concatenate([prefill["logits"], step["logits"]], axis=1),
@@ -70,6 +89,9 @@ def _tapped_session(graph: Path, taps: list[str]) -> ort.InferenceSession:
     # Beside the graph, because external data is found relative to it.
     copy = graph.with_name("tapped.onnx")
     options = session_options(EngineOptions(graph_optimization="disable"))
+    # An arena would keep what each dequantized weight took, and by priority all are dequantized first.
+    options.enable_cpu_mem_arena = False
+    options.execution_order = ort.ExecutionOrder.DEFAULT
     try:
         onnx.save(model, copy)
         return ort.InferenceSession(copy, options, providers=["CPUExecutionProvider"])
