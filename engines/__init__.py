@@ -39,13 +39,21 @@ class EngineOptions:
 class DecoderSession(Protocol):
     """One running generation: the decoder and the key/value cache of its batch."""
 
-    def prefill(self, inputs_embeds: FloatArray, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
+    def prefill(
+        self,
+        inputs_embeds: FloatArray,
+        attention_mask: IntArray,
+        position_ids: IntArray,
+        token_type_ids: IntArray | None = None,
+    ) -> FloatArray:
         """Runs the prompts and fills the cache.
 
         Args:
             inputs_embeds: Embedded prompts, left padded `[B, S, D]`.
             attention_mask: 1 for a token, 0 for padding `[B, S]`.
             position_ids: Position of each token `[B, S]`.
+            token_type_ids: 1 for a vision token, 0 for others `[B, S]`; None: no vision tokens. Only decoders that
+                list it as an input read it.
 
         Returns:
             Logits `[B, S, V]`.
@@ -63,23 +71,33 @@ class DecoderSession(Protocol):
             Logits `[B, 1, V]`.
         """
 
+    def reorder(self, rows: IntArray) -> None:
+        """Takes the sequences anew from the cache, as beam search does: row i goes on from what was row `rows[i]`.
+
+        Args:
+            rows: Rows of the cache `[B']`; one may come several times or not at all.
+        """
+
 
 class Encoders(Protocol):
     """What comes before the decoder, opened by one backend. Serves calls from several threads at once."""
 
-    def encode_images(self, pixel_values: FloatArray) -> tuple[FloatArray, IntArray]:
-        """Runs the vision encoder on `[I, 3, H, W]`.
+    def encode_images(self, inputs: Mapping[str, FloatArray | IntArray]) -> tuple[FloatArray, IntArray]:
+        """Runs the vision encoder.
+
+        Args:
+            inputs: The graph's inputs by name, `pixel_values [I, 3, H, W]` among them.
 
         Returns:
-            The surviving tokens `[I, k, D]` and their raster positions in the unpruned grid `[I, k]`.
+            The surviving tokens of each unit `[U, k, D]` and their places among its N tokens `[U, k]`, ascending.
         """
 
     def embed(self, input_ids: IntArray, image_features: FloatArray) -> FloatArray:
         """Embeds `[B, S]` ids and puts the images' tokens at their placeholders.
 
         Args:
-            input_ids: Token ids with k placeholders for each image.
-            image_features: Tokens of the images in the order of their placeholders `[I, k, D]`.
+            input_ids: Token ids with a placeholder for each surviving vision token.
+            image_features: These tokens in the order of their placeholders: of U units `[U, k, D]`, or all in one row.
 
         Returns:
             Embeddings `[B, S, D]`.

@@ -23,6 +23,7 @@ _LEVELS: Mapping[str, ort.GraphOptimizationLevel] = MappingProxyType(
 )
 _FATAL = 4
 _NVFP4 = "nvfp4"
+_TOKEN_TYPES = "token_type_ids"
 _Values = dict[str, ort.OrtValue]
 
 
@@ -65,11 +66,18 @@ class OrtEncoders(OrtEmbedding):
         """Opens the graphs; see `OrtEmbedding`."""
         super().__init__(bundle, manifest, options)
         outputs = ["image_features", "kept_indices"]
-        self._vision = _open(bundle, manifest, "vision_encoder", self._settings, ["pixel_values"], outputs)
+        # What comes beside the pixels depends on the model.
+        inputs = sorted({"pixel_values", *_input_names(manifest, "vision_encoder")})
+        self._vision = _open(bundle, manifest, "vision_encoder", self._settings, inputs, outputs)
 
-    def encode_images(self, pixel_values: FloatArray) -> tuple[FloatArray, IntArray]:
+    def encode_images(self, inputs: Mapping[str, FloatArray | IntArray]) -> tuple[FloatArray, IntArray]:
         """See `Encoders.encode_images`."""
-        outputs = self._vision.run({"pixel_values": _value(pixel_values, np.float32)})
+        outputs = self._vision.run(
+            {
+                name: _value(array, np.int64 if np.issubdtype(array.dtype, np.integer) else np.float32)
+                for name, array in inputs.items()
+            }
+        )
         return outputs["image_features"].numpy(), outputs["kept_indices"].numpy()
 
 
@@ -93,17 +101,23 @@ class OrtCpuEngine(OrtEncoders):
             )
         super().__init__(bundle, manifest, options)
         past, present = _cache_names(manifest.decoder.num_layers)
-        inputs = ["inputs_embeds", "attention_mask", "position_ids", *past]
+        self._typed = _TOKEN_TYPES in _input_names(manifest, "decoder")
+        inputs = ["inputs_embeds", "attention_mask", "position_ids", *past, *([_TOKEN_TYPES] if self._typed else [])]
         self._decoder = _open(bundle, manifest, "decoder", self._settings, inputs, ["logits", *present])
         self._spec = manifest.decoder
-        self._tokens_per_image = manifest.vision_tokens.after
+        self._tokens_per_unit = manifest.vision_tokens.after or 1
 
     def start(self) -> OrtDecoderSession:
         """See `Engine.start`."""
-        no_images = np.zeros((0, self._tokens_per_image, self._spec.hidden_size), np.float32)
+        no_images = np.zeros((0, self._tokens_per_unit, self._spec.hidden_size), np.float32)
         cache_shape = (self._spec.num_key_value_heads, self._spec.head_dim)
         return OrtDecoderSession(
-            self._embedding, self._decoder, self._spec.num_layers, cache_shape, _value(no_images, np.float32)
+            self._embedding,
+            self._decoder,
+            self._spec.num_layers,
+            cache_shape,
+            _value(no_images, np.float32),
+            typed=self._typed,
         )
 
 
@@ -117,34 +131,57 @@ class OrtDecoderSession:
         num_layers: int,
         cache_shape: tuple[int, int],
         no_images: ort.OrtValue,
+        *,
+        typed: bool,
     ) -> None:
-        """Starts with no cache; `cache_shape` is (key/value heads, channels of each head)."""
+        """Starts with no cache; `cache_shape` is (key/value heads, channels of each head).
+
+        `typed`: whether the decoder takes `token_type_ids`.
+        """
         self._embedding = embedding
         self._decoder = decoder
         self._past_names, self._present_names = _cache_names(num_layers)
         self._cache_shape = cache_shape
         self._no_images = no_images
+        self._typed = typed
         self._cache: _Values = {}
 
-    def prefill(self, inputs_embeds: FloatArray, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
+    def prefill(
+        self,
+        inputs_embeds: FloatArray,
+        attention_mask: IntArray,
+        position_ids: IntArray,
+        token_type_ids: IntArray | None = None,
+    ) -> FloatArray:
         """See `DecoderSession.prefill`."""
         heads, channels = self._cache_shape
         empty = _value(np.zeros((inputs_embeds.shape[0], heads, 0, channels), np.float32), np.float32)
         self._cache = dict.fromkeys(self._past_names, empty)
-        return self._step(_value(inputs_embeds, np.float32), attention_mask, position_ids)
+        return self._step(_value(inputs_embeds, np.float32), attention_mask, position_ids, token_type_ids)
 
     def decode(self, input_ids: IntArray, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
         """See `DecoderSession.decode`."""
         inputs = {"input_ids": _value(input_ids, np.int64), "image_features": self._no_images}
         embeds = self._embedding.run(inputs)["inputs_embeds"]
-        return self._step(embeds, attention_mask, position_ids)
+        return self._step(embeds, attention_mask, position_ids, None)
 
-    def _step(self, embeds: ort.OrtValue, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
+    def reorder(self, rows: IntArray) -> None:
+        """See `DecoderSession.reorder`."""
+        self._cache = {name: _value(value.numpy()[rows], np.float32) for name, value in self._cache.items()}
+
+    def _step(
+        self, embeds: ort.OrtValue, attention_mask: IntArray, position_ids: IntArray, token_type_ids: IntArray | None
+    ) -> FloatArray:
+        types: _Values = {}
+        if self._typed:
+            of_text = np.zeros_like(position_ids)
+            types = {_TOKEN_TYPES: _value(of_text if token_type_ids is None else token_type_ids, np.int64)}
         outputs = self._decoder.run(
             {
                 "inputs_embeds": embeds,
                 "attention_mask": _value(attention_mask, np.int64),
                 "position_ids": _value(position_ids, np.int64),
+                **types,
                 **self._cache,
             }
         )
@@ -227,6 +264,11 @@ def _graph_path(bundle: Path, manifest: Manifest, name: str) -> Path:
     if relative.is_absolute() or ".." in relative.parts:
         raise BundleError(f"the manifest of {bundle} names {component.file!r}, a file outside the bundle")
     return bundle / relative
+
+
+def _input_names(manifest: Manifest, name: str) -> list[str]:
+    component = manifest.components.get(name)
+    return [] if component is None else [spec.name for spec in component.inputs]
 
 
 def _cache_names(num_layers: int) -> tuple[list[str], list[str]]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from qavp_export.errors import BundleError
 
 MANIFEST_NAME = "qavp.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _Section = TypeVar("_Section")
 
@@ -46,21 +46,37 @@ class Component:
 
 @dataclass(frozen=True)
 class VisionTokens:
-    """What happens to the vision tokens of one image.
+    """What happens to the vision tokens.
+
+    A *unit* is what the keep ratio applies to: one selection of k of its N tokens.
 
     Attributes:
-        before: Tokens per image that the vision projector yields (N).
-        after: Tokens per image that reach the decoder (k): the number of placeholders per image in a prompt.
-        image_token: The placeholder's text.
-        image_token_id: The placeholder's token id.
+        before: Tokens per unit that the vision projector yields (N); None if they vary with the image.
+        after: Tokens per unit that reach the decoder (k); None if they vary or are chosen at run time.
+        image_token: Text of the placeholder that image features replace.
+        image_token_id: Its token id.
         positions: `contiguous` or `original`: how position ids of the shortened prompt are numbered.
+        keep: The share of tokens that survives unless the caller chooses another.
+        keep_range: Least and largest share that can be chosen at run time; None if none can.
+        layout: How images become units: `grid`, `tiles` or `native`, see `families.base.Family`.
+        layout_settings: What the layout needs to know of the model's configuration.
+        unit: What a unit is: `image`, `tile` (one picture that the vision tower sees: the whole image where the
+            processor does not cut it up), or `tile-set`, all tiles of one image.
+        newlines: Whether learned tokens that end the rows of a tile-set are `kept`, as in an unpruned sequence, or
+            `dropped`; None if there are none.
     """
 
-    before: int
-    after: int
+    before: int | None
+    after: int | None
     image_token: str
     image_token_id: int
     positions: str
+    keep: float
+    keep_range: list[float] | None = None
+    layout: str = "grid"
+    layout_settings: dict[str, Any] = field(default_factory=dict)
+    unit: str = "tile"
+    newlines: str | None = None
 
 
 @dataclass(frozen=True)

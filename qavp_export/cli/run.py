@@ -56,6 +56,10 @@ def run(  # noqa: D103
     top_p: Annotated[float, typer.Option(help="Sample from the tokens that reach this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(help="Share of vision tokens that survives, within the bundle's range; else its default."),
+    ] = None,
     engine: Annotated[str, typer.Option(help="What runs the bundle.")] = "ort-cpu",
     threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
     raw: Annotated[
@@ -71,20 +75,19 @@ def run(  # noqa: D103
     model = QavpModel.from_bundle(bundle, engine=engine, threads=threads)
     load_seconds = time.perf_counter() - started
     answer = _Answer()
-    prepared = model.prepare(image, prompt, chat_template=not raw)
+    prepared = model.prepare(image, prompt, chat_template=not raw, keep=keep)
     for piece in _pieces(model, model.generate_steps(prepared, sampling, max_new_tokens), answer):
         answer.text += piece
         if not as_json:
             sys.stdout.write(piece)
             sys.stdout.flush()
     if as_json:
-        images = len(prepared.kept_indices)
         result: dict[str, Any] = {
             "answer": answer.text,
             "tokens": {
                 "prompt": int(prepared.attention_mask.sum()),
-                "vision": images * model.manifest.vision_tokens.after,
-                "vision_before_pruning": images * model.manifest.vision_tokens.before,
+                "vision": sum(len(indices) for indices in prepared.kept_indices),
+                "vision_before_pruning": sum(prepared.unpruned_tokens),
                 "answer": len(answer.tokens),
             },
             "token_ids": answer.tokens,

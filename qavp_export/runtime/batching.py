@@ -1,4 +1,4 @@
-"""Several prompts in one batch: left padding, masks and position ids."""
+"""From unpruned prompts to one batch: placeholders that go, position ids, left padding and masks."""
 
 from __future__ import annotations
 
@@ -9,30 +9,53 @@ import numpy as np
 
 from qavp_export.engines import FloatArray, IntArray
 from qavp_export.errors import PromptError
-from qavp_export.manifest import DecoderSpec, VisionTokens
+from qavp_export.manifest import Manifest, VisionTokens
+from qavp_export.runtime.layouts import Unit
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Prompts and images, ready for the decoder.
 
+    A unit is what one selection of k of N tokens was made from: an image, one of its tiles, or all of its tiles, as the
+    manifest's `vision_tokens.unit` says.
+
     Attributes:
-        input_ids: Left-padded ids with k placeholders for each image `[B, S]`.
+        input_ids: Left-padded ids with a placeholder for each surviving vision token `[B, S]`.
         attention_mask: 1 for a token, 0 for padding `[B, S]`.
         position_ids: Position of each token, 0 for padding `[B, S]`.
+        token_type_ids: 1 for a vision token, 0 for others `[B, S]`; read by decoders that list it as an input.
         next_positions: Position of the first token of each answer `[B]`.
         inputs_embeds: Embedded prompts `[B, S, D]`.
-        kept_indices: Raster positions of each image's surviving tokens, images in prompt order `[I, k]`.
-        images_per_prompt: Number of images of each prompt; their sum is I.
+        kept_indices: For each unit, in prompt order, which of its N tokens survive `[k]`, ascending.
+        unpruned_tokens: N of each unit.
+        images_per_prompt: Number of images of each prompt.
     """
 
     input_ids: IntArray
     attention_mask: IntArray
     position_ids: IntArray
+    token_type_ids: IntArray
     next_positions: IntArray
     inputs_embeds: FloatArray
-    kept_indices: IntArray
+    kept_indices: tuple[IntArray, ...]
+    unpruned_tokens: tuple[int, ...]
     images_per_prompt: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PrunedPrompt:
+    """One prompt without the vision tokens that did not survive.
+
+    Attributes:
+        input_ids: `[S]`.
+        positions: Position of each token `[S]`.
+        next_position: The position that follows the last token.
+    """
+
+    input_ids: IntArray
+    positions: IntArray
+    next_position: int
 
 
 @dataclass(frozen=True)
@@ -45,83 +68,87 @@ class PaddedPrompts:
     next_positions: IntArray
 
 
-def number_positions(ids: IntArray, kept: IntArray, tokens: VisionTokens) -> tuple[IntArray, int]:
-    """Numbers the positions of one prompt.
+def prune_prompt(ids: IntArray, units: Sequence[Unit], kept: Sequence[IntArray], tokens: VisionTokens) -> PrunedPrompt:
+    """Removes the placeholders of the vision tokens that did not survive.
 
-    `contiguous` counts the tokens that are there. `original` gives each token the position that it has in the
-    unpruned prompt, where every image takes `before` positions.
+    A token between the rows of an image goes with the last token of its row. Positions: `contiguous` counts the
+    tokens that are there, `original` gives each token the position that it has in the unpruned prompt.
 
     Args:
-        ids: The prompt `[S]`, each image k adjacent placeholders.
-        kept: Raster positions of the prompt's images `[I, k]`.
+        ids: The unpruned prompt `[S]`.
+        units: The prompt's units.
+        kept: Which tokens of each unit survive `[k]`.
         tokens: The manifest's vision tokens.
-
-    Returns:
-        Positions `[S]` and the position that follows the last token.
     """
-    if tokens.positions == "contiguous":
-        return np.arange(len(ids), dtype=np.int64), len(ids)
     is_image = ids == tokens.image_token_id
-    texts_before = np.cumsum(~is_image) - ~is_image
-    images_before = (np.cumsum(is_image) - is_image) // tokens.after
-    positions = texts_before + images_before * tokens.before
-    positions[is_image] += kept.reshape(-1)
-    return positions.astype(np.int64), int((~is_image).sum()) + len(kept) * tokens.before
+    places = np.flatnonzero(is_image)
+    stays = ~is_image
+    row_break = tokens.layout_settings.get("row_break_token_id")
+    start = 0
+    for unit, chosen in zip(units, kept, strict=True):
+        span = places[start : start + unit.span]
+        start += unit.span
+        stays[span[unit.candidates[chosen]]] = True
+        if unit.columns is not None and row_break is not None:
+            rows = span.reshape(-1, unit.columns)
+            after = rows[~stays[rows].any(axis=1), -1] + 1
+            # The last row ends with another token, which tells where the image does.
+            stays[after[ids[after] == row_break]] = False
+    remaining = np.flatnonzero(stays)
+    if tokens.positions == "original":
+        return PrunedPrompt(ids[remaining], remaining, len(ids))
+    return PrunedPrompt(ids[remaining], np.arange(len(remaining), dtype=np.int64), len(remaining))
 
 
-def pad_prompts(
-    prompts: Sequence[IntArray],
-    kept_indices: IntArray,
-    images_per_prompt: Sequence[int],
-    tokens: VisionTokens,
-    decoder: DecoderSpec,
-) -> PaddedPrompts:
-    """Pads prompts on the left to the longest of them.
-
-    Args:
-        prompts: Ids of each prompt.
-        kept_indices: Raster positions of all images in prompt order `[I, k]`.
-        images_per_prompt: Images of each prompt.
-        tokens: The manifest's vision tokens.
-        decoder: The manifest's decoder.
-
-    Raises:
-        PromptError: A prompt leaves no room for an answer in the context.
-    """
-    shape = (len(prompts), max(len(ids) for ids in prompts))
-    input_ids = np.full(shape, decoder.pad_token_id, dtype=np.int64)
+def pad_prompts(prompts: Sequence[PrunedPrompt], pad_token_id: int) -> PaddedPrompts:
+    """Pads prompts on the left to the longest of them."""
+    shape = (len(prompts), max(len(prompt.input_ids) for prompt in prompts))
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
-    following = np.zeros(len(prompts), dtype=np.int64)
-    first_image = 0
-    for row, (ids, images) in enumerate(zip(prompts, images_per_prompt, strict=True)):
-        kept = kept_indices[first_image : first_image + images]
-        first_image += images
-        numbered, following[row] = number_positions(ids, kept, tokens)
-        input_ids[row, -len(ids) :] = ids
-        mask[row, -len(ids) :] = 1
-        positions[row, -len(ids) :] = numbered
+    for row, prompt in enumerate(prompts):
+        length = len(prompt.input_ids)
+        input_ids[row, -length:] = prompt.input_ids
+        mask[row, -length:] = 1
+        positions[row, -length:] = prompt.positions
+    following = np.array([prompt.next_position for prompt in prompts], dtype=np.int64)
     return PaddedPrompts(input_ids, mask, positions, following)
 
 
-def check_context(prompts: Sequence[IntArray], tokens: VisionTokens, decoder: DecoderSpec) -> None:
+def shortest_length(ids: IntArray, units: Sequence[Unit], tokens: VisionTokens) -> int:
+    """Returns the least number of positions that a prompt can take, known before its images are encoded.
+
+    Under original positions an image takes its unpruned number.
+
+    Args:
+        ids: The unpruned prompt `[S]`.
+        units: Its units.
+        tokens: The manifest's vision tokens.
+    """
+    if tokens.positions == "original":
+        return len(ids)
+    row_breaks = int(np.count_nonzero(ids == tokens.layout_settings.get("row_break_token_id", -1)))
+    return len(ids) - row_breaks - sum(unit.span - unit.kept for unit in units)
+
+
+def check_context(lengths: Sequence[int], units: Sequence[Sequence[Unit]], manifest: Manifest) -> None:
     """Checks that every prompt leaves room for at least one token of an answer.
 
-    Under original positions an image takes its unpruned number of positions, and these are what counts.
+    Args:
+        lengths: Positions of each prompt.
+        units: The units of each prompt.
+        manifest: The bundle's manifest.
 
     Raises:
         PromptError: One does not.
     """
-    for row, ids in enumerate(prompts):
-        placeholders = int((ids == tokens.image_token_id).sum())
-        length = len(ids)
-        unit = "tokens"
-        if tokens.positions != "contiguous":
-            length += placeholders // tokens.after * (tokens.before - tokens.after)
-            unit = "positions"
-        if length >= decoder.context_length:
-            which = f"prompt {row + 1}" if len(prompts) > 1 else "the prompt"
+    limit = manifest.decoder.context_length
+    unit_name = "tokens" if manifest.vision_tokens.positions == "contiguous" else "positions"
+    for row, (length, shown) in enumerate(zip(lengths, units, strict=True)):
+        if length >= limit:
+            which = f"prompt {row + 1}" if len(lengths) > 1 else "the prompt"
+            kept = sum(unit.kept for unit in shown)
             raise PromptError(
-                f"{which} has {length} {unit} ({placeholders} of its tokens for images) and the context "
-                f"holds {decoder.context_length}, answer included; shorten the text or give fewer images"
+                f"{which} has {length} {unit_name} ({kept} of its tokens for images) and the context "
+                f"holds {limit}, answer included; shorten the text or give fewer images"
             )

@@ -38,7 +38,7 @@ def generate_tokens(
     budgets = np.minimum(max_new_tokens, decoder.context_length - positions)
     live = np.ones(len(positions), dtype=np.bool_)
     step = 0
-    logits = session.prefill(prepared.inputs_embeds, mask, prepared.position_ids)
+    logits = session.prefill(prepared.inputs_embeds, mask, prepared.position_ids, prepared.token_type_ids)
     while True:
         tokens = sampler.choose(logits[:, -1], live)
         yield [int(token) if alive else None for token, alive in zip(tokens, live, strict=True)]

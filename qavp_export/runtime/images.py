@@ -1,9 +1,8 @@
-"""Images in: files, PIL images and arrays become the vision encoder's pixel values."""
+"""Images in: files, PIL images and arrays become upright 8-bit RGB."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from qavp_export.engines import FloatArray
 from qavp_export.errors import ImageError
 
 ImageSource = str | os.PathLike[str] | Image.Image | NDArray[Any]
@@ -19,45 +17,6 @@ ImageSource = str | os.PathLike[str] | Image.Image | NDArray[Any]
 
 # A processor that resizes by the shortest edge turns a sliver of a few kilobytes into gigabytes.
 _MAX_ASPECT_RATIO = 200
-
-
-class ImagePreprocessor:
-    """Turns images into pixel values as the checkpoint's own processor does."""
-
-    def __init__(self, processor: Any, height: int, width: int) -> None:
-        """Wraps a transformers image processor that yields `[1, 3, height, width]` for one image."""
-        self._processor = processor
-        self._shape = (1, 3, height, width)
-
-    def __call__(self, sources: Sequence[ImageSource]) -> FloatArray:
-        """Loads and processes images one by one, since processors stack only equal sizes.
-
-        Returns:
-            Pixel values `[I, 3, H, W]` float32; I may be 0.
-
-        Raises:
-            ImageError: An image cannot be read or does not give pixel values of the encoder's shape.
-        """
-        pixels = np.empty((len(sources), *self._shape[1:]), np.float32)
-        for index, source in enumerate(sources):
-            pixels[index] = self._process(load_image(source), _describe(source))[0]
-        return pixels
-
-    def _process(self, image: Image.Image, label: str) -> FloatArray:
-        try:
-            result = self._processor(images=image, return_tensors="np")
-            values: FloatArray = np.asarray(result["pixel_values"], dtype=np.float32)
-        except (ValueError, TypeError) as error:
-            raise ImageError(
-                f"image {label} ({image.width}x{image.height}) cannot be processed ({_reason(error)})"
-            ) from error
-        if values.shape != self._shape:
-            raise ImageError(
-                f"image {label} ({image.width}x{image.height}) gives pixel values of shape "
-                f"{list(values.shape)}, the bundle takes {list(self._shape)}; resize the image to "
-                f"{self._shape[3]}x{self._shape[2]}"
-            )
-        return values
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -70,7 +29,7 @@ def load_image(source: ImageSource) -> Image.Image:
     Raises:
         ImageError: The source is missing, corrupt, empty, too large, or of a kind that is not an image.
     """
-    label = _describe(source)
+    label = describe_source(source)
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source, label)
@@ -84,7 +43,7 @@ def load_image(source: ImageSource) -> Image.Image:
     except FileNotFoundError:
         raise ImageError(f"image {label} does not exist") from None
     except Exception as error:  # Pillow's decoders raise errors of any class on corrupt input
-        raise ImageError(f"image {label} cannot be read ({_reason(error)})") from error
+        raise ImageError(f"image {label} cannot be read ({one_line(error)})") from error
     raise ImageError(f"an image is a path, a PIL image or a NumPy array, not {type(source).__name__}")
 
 
@@ -122,7 +81,8 @@ def _from_array(array: NDArray[Any], label: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _describe(source: ImageSource) -> str:
+def describe_source(source: ImageSource) -> str:
+    """Returns what an error message calls an image."""
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     if isinstance(source, np.ndarray):
@@ -130,7 +90,8 @@ def _describe(source: ImageSource) -> str:
     return f"<{type(source).__name__}>"
 
 
-def _reason(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Returns why an image could not be read or processed."""
     if isinstance(error, UnidentifiedImageError):
         return "not a picture in a known format"
     if isinstance(error, OSError) and error.strerror:

@@ -42,14 +42,15 @@ class QavpModel:
     Attributes:
         manifest: The bundle's manifest.
         engine: What runs the graphs.
+        preparer: Everything that comes before the decoder.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest, engine: Engine) -> None:
         """Loads the tokenizer and the image processor of an opened bundle; use `from_bundle`."""
         self.manifest = manifest
         self.engine = engine
-        self._preparer = Preparer(bundle, manifest, engine)
-        self._tokenizer = self._preparer.tokenizer
+        self.preparer = Preparer(bundle, manifest, engine)
+        self._tokenizer = self.preparer.tokenizer
 
     @classmethod
     def from_bundle(
@@ -77,7 +78,9 @@ class QavpModel:
         options = EngineOptions(threads=threads, graph_optimization=graph_optimization)
         return cls(folder, manifest, load_engine(engine, folder, manifest, options))
 
-    def prepare(self, images: Images, prompts: str | Prompts, *, chat_template: bool = True) -> Prepared:
+    def prepare(
+        self, images: Images, prompts: str | Prompts, *, chat_template: bool = True, keep: float | None = None
+    ) -> Prepared:
         """Does everything that comes before the decoder: see `Prepared` for what it yields.
 
         Args:
@@ -85,16 +88,21 @@ class QavpModel:
             prompts: See the class.
             chat_template: Whether to wrap the text in the checkpoint's chat template, images first. Without
                 it a prompt is used as it is and holds the image token once where each image goes.
+            keep: The share of vision tokens that survives, within what the bundle serves (the manifest's
+                `vision_tokens.keep_range`); None for its default.
 
         Raises:
             PromptError: A prompt does not match its images or does not fit the context.
             ImageError: An image cannot be read.
+            InputError: The bundle does not serve `keep`.
         """
         texts, images_of = _pair(images, prompts)
-        return self._preparer.prepare(texts, images_of, chat_template=chat_template)
+        return self.preparer.prepare(texts, images_of, chat_template=chat_template, keep=keep)
 
-    def logits(self, images: Images, prompts: str | Prompts, *, chat_template: bool = True) -> FloatArray:
-        """Runs the prompts only.
+    def logits(
+        self, images: Images, prompts: str | Prompts, *, chat_template: bool = True, keep: float | None = None
+    ) -> FloatArray:
+        """Runs the prompts only; the arguments are those of `prepare`.
 
         Returns:
             Logits of every position, padding included `[B, S, V]`.
@@ -102,9 +110,12 @@ class QavpModel:
         Raises:
             PromptError: As `prepare`.
             ImageError: As `prepare`.
+            InputError: As `prepare`.
         """
-        prepared = self.prepare(images, prompts, chat_template=chat_template)
-        return self.engine.start().prefill(prepared.inputs_embeds, prepared.attention_mask, prepared.position_ids)
+        prepared = self.prepare(images, prompts, chat_template=chat_template, keep=keep)
+        return self.engine.start().prefill(
+            prepared.inputs_embeds, prepared.attention_mask, prepared.position_ids, prepared.token_type_ids
+        )
 
     def generate_steps(
         self, prepared: Prepared, sampling: Sampling | None = None, max_new_tokens: int = 256
@@ -138,6 +149,7 @@ class QavpModel:
         top_k: int = 0,
         seed: int | None = None,
         chat_template: bool = True,
+        keep: float | None = None,
     ) -> list[list[int]]:
         """Generates token ids; the arguments are those of `generate`.
 
@@ -149,7 +161,7 @@ class QavpModel:
             InputError: As `generate`.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        prepared = self.prepare(images, prompts, chat_template=chat_template)
+        prepared = self.prepare(images, prompts, chat_template=chat_template, keep=keep)
         steps = self.generate_steps(prepared, sampling, max_new_tokens)
         return _collect(steps, len(prepared.images_per_prompt))
 
@@ -166,6 +178,7 @@ class QavpModel:
         seed: int | None = ...,
         stream: Literal[False] = ...,
         chat_template: bool = ...,
+        keep: float | None = ...,
     ) -> str: ...
 
     @overload
@@ -181,6 +194,7 @@ class QavpModel:
         seed: int | None = ...,
         stream: Literal[False] = ...,
         chat_template: bool = ...,
+        keep: float | None = ...,
     ) -> list[str]: ...
 
     @overload
@@ -196,6 +210,7 @@ class QavpModel:
         seed: int | None = ...,
         stream: Literal[True],
         chat_template: bool = ...,
+        keep: float | None = ...,
     ) -> Iterator[str]: ...
 
     def generate(
@@ -210,6 +225,7 @@ class QavpModel:
         seed: int | None = None,
         stream: bool = False,
         chat_template: bool = True,
+        keep: float | None = None,
     ) -> str | list[str] | Iterator[str]:
         """Answers prompts about images.
 
@@ -223,6 +239,7 @@ class QavpModel:
             seed: Makes sampling repeatable.
             stream: Whether to yield the answer piece by piece; one prompt only.
             chat_template: See `prepare`.
+            keep: See `prepare`.
 
         Returns:
             The answer; a list of answers for a list of prompts; an iterator over pieces of text if streamed.
@@ -235,7 +252,7 @@ class QavpModel:
         if stream and not isinstance(prompts, str):
             raise InputError("stream=True takes one prompt as a string; for a batch leave stream out")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        prepared = self.prepare(images, prompts, chat_template=chat_template)
+        prepared = self.prepare(images, prompts, chat_template=chat_template, keep=keep)
         steps = self.generate_steps(prepared, sampling, max_new_tokens)
         if stream:
             return self._stream(steps)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from qavp_export.engines import Encoders
-from qavp_export.errors import BundleError
+from qavp_export.engines import Encoders, FloatArray, IntArray
 from qavp_export.manifest import Manifest
-from qavp_export.runtime.batching import Prepared, check_context, pad_prompts
-from qavp_export.runtime.images import ImagePreprocessor, ImageSource
-from qavp_export.runtime.processors import load_processors
-from qavp_export.runtime.prompts import PromptEncoder, read_chat_template
+from qavp_export.runtime.batching import Prepared, check_context, pad_prompts, prune_prompt, shortest_length
+from qavp_export.runtime.images import ImageSource
+from qavp_export.runtime.layouts import Unit, choose_keep, load_layout
+from qavp_export.runtime.processors import load_processor
+from qavp_export.runtime.prompts import EncodedPrompt, PromptEncoder
 
 
 class Preparer:
@@ -27,16 +27,18 @@ class Preparer:
     Attributes:
         tokenizer: The transformers tokenizer.
         has_chat_template: Whether the checkpoint brings a chat template.
+        image_token: What stands for an image in a prompt that is written without the chat template.
     """
 
     def __init__(self, bundle: Path, manifest: Manifest, encoders: Encoders) -> None:
         self._manifest = manifest
         self._encoders = encoders
-        self.tokenizer, image_processor = load_processors(bundle)
-        template = read_chat_template(bundle, self.tokenizer)
-        self.has_chat_template = template is not None
-        self._encoder = PromptEncoder(self.tokenizer, template, manifest.vision_tokens)
-        self._preprocessor = ImagePreprocessor(image_processor, *_image_size(manifest))
+        self._layout = load_layout(manifest)
+        processor = load_processor(bundle)
+        self.tokenizer = processor.tokenizer
+        self._encoder = PromptEncoder(processor, manifest.vision_tokens, self._layout.image_options)
+        self.has_chat_template = self._encoder.chat_template is not None
+        self.image_token = self._encoder.image_token
 
     def prepare(
         self,
@@ -45,6 +47,7 @@ class Preparer:
         *,
         chat_template: bool,
         answers: Sequence[str] | None = None,
+        keep: float | None = None,
     ) -> Prepared:
         """Encodes a batch; see `Prepared` for what it yields.
 
@@ -54,44 +57,78 @@ class Preparer:
             chat_template: Whether to wrap the text in the checkpoint's chat template, images first. Without it a prompt
                 is used as it is and holds the image token once where each image goes.
             answers: What follows each prompt; None for nothing.
+            keep: The share of vision tokens that survives; None for the bundle's default.
 
         Raises:
             PromptError: A prompt does not match its images or does not fit the context.
             ImageError: An image cannot be read.
+            InputError: The bundle does not serve `keep`.
         """
-        tokens, decoder = self._manifest.vision_tokens, self._manifest.decoder
-        counts = tuple(len(group) for group in images)
-        ids = [
-            self._encoder.encode(prompt, count, chat_template, answer)
-            for prompt, count, answer in zip(prompts, counts, answers or [""] * len(prompts), strict=True)
+        encoded = [
+            self._encoder.encode(prompt, sources, chat_template, answer)
+            for prompt, sources, answer in zip(prompts, images, answers or [""] * len(prompts), strict=True)
         ]
-        check_context(ids, tokens, decoder)
-        pixels = self._preprocessor([image for group in images for image in group])
-        if len(pixels):
-            features, kept = self._encoders.encode_images(pixels)
-        else:
-            features = np.zeros((0, tokens.after, decoder.hidden_size), np.float32)
-            kept = np.zeros((0, tokens.after), np.int64)
-        padded = pad_prompts(ids, kept, counts, tokens, decoder)
+        return self.prepare_encoded(encoded, keep)
+
+    def prepare_encoded(self, encoded: Sequence[EncodedPrompt], keep: float | None = None) -> Prepared:
+        """Does what follows the processor: encodes images, removes the placeholders of pruned tokens, pads and embeds.
+
+        Args:
+            encoded: What the checkpoint's processor makes of each prompt.
+            keep: See `prepare`.
+
+        Raises:
+            PromptError: A prompt does not fit the context.
+            ImageError: An image does not give pixel values of the encoder's shape.
+            InputError: The bundle does not serve `keep`.
+        """
+        tokens = self._manifest.vision_tokens
+        share = choose_keep(tokens, keep)
+        units = [self._layout.units(prompt, share) for prompt in encoded]
+        # Known before the images are encoded, but for tokens between rows, which may go with their row.
+        check_context(
+            [shortest_length(prompt.input_ids, shown, tokens) for prompt, shown in zip(encoded, units, strict=True)],
+            units,
+            self._manifest,
+        )
+        flat = [unit for shown in units for unit in shown]
+        features, kept = self._select(flat)
+        remaining = iter(kept)
+        pruned = [
+            prune_prompt(prompt.input_ids, shown, [next(remaining) for _ in shown], tokens)
+            for prompt, shown in zip(encoded, units, strict=True)
+        ]
+        check_context([prompt.next_position for prompt in pruned], units, self._manifest)
+        padded = pad_prompts(pruned, self._manifest.decoder.pad_token_id)
         return Prepared(
             input_ids=padded.input_ids,
             attention_mask=padded.attention_mask,
             position_ids=padded.position_ids,
+            token_type_ids=(padded.input_ids == tokens.image_token_id).astype(np.int64),
             next_positions=padded.next_positions,
             inputs_embeds=self._encoders.embed(padded.input_ids, features),
             kept_indices=kept,
-            images_per_prompt=counts,
+            unpruned_tokens=tuple(len(unit.candidates) for unit in flat),
+            images_per_prompt=tuple(len(prompt.labels) for prompt in encoded),
         )
 
+    def _select(self, units: Sequence[Unit]) -> tuple[FloatArray, tuple[IntArray, ...]]:
+        """Runs the vision encoder.
 
-def _image_size(manifest: Manifest) -> tuple[int, int]:
-    """Height and width of the vision encoder's static grid."""
-    component = manifest.components.get("vision_encoder")
-    shapes = [spec.shape for spec in component.inputs if spec.name == "pixel_values"] if component else []
-    if len(shapes) == 1 and len(shapes[0]) == 4:
-        height, width = shapes[0][2:]
-        if isinstance(height, int) and isinstance(width, int):
-            return height, width
-    raise BundleError(
-        "the manifest gives no fixed image size (vision_encoder, pixel_values [B,3,H,W]); export the bundle again"
-    )
+        Returns:
+            The surviving tokens `[I, k, D]`, or `[1, sum of k, D]` where each unit has a call of its own, and which
+            tokens of each unit survived.
+        """
+        found = [self._encoders.encode_images(inputs) for inputs in self._layout.calls(units)]
+        kept = tuple(indices for _, rows in found for indices in rows)
+        return _join([features for features, _ in found], self._manifest), kept
+
+
+def _join(features: Iterable[FloatArray], manifest: Manifest) -> FloatArray:
+    parts = list(features)
+    width = manifest.decoder.hidden_size
+    if not parts:
+        return np.zeros((0, manifest.vision_tokens.after or 1, width), np.float32)
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([part.reshape(1, -1, width) for part in parts], axis=1)

@@ -12,10 +12,11 @@ import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
 
+from qavp_export import QavpModel
 from qavp_export.engines import ENGINES, Engine, EngineOptions, available_engines, load_engine
 from qavp_export.engines.ort import OrtCpuEngine
 from qavp_export.errors import BundleError, InputError, PromptError, QavpError, UnavailableError
-from qavp_export.manifest import Manifest
+from qavp_export.manifest import MANIFEST_NAME, Manifest, TensorSpec
 from tests.runtime.tiny_bundle import (
     AFTER,
     HIDDEN,
@@ -76,7 +77,7 @@ def test_engine_whose_package_is_missing(monkeypatch, bundle, manifest):
 def test_encodes_images(engine):
     pictures = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
     pixels = ((pictures / 255.0 - MEAN) / STD).transpose(0, 3, 1, 2).astype(np.float32)
-    features, kept = engine.encode_images(pixels)
+    features, kept = engine.encode_images({"pixel_values": pixels})
     for index, picture in enumerate(pictures):
         expected, expected_kept = reference_features(picture)
         # means of four float32 values below 2 in magnitude
@@ -235,7 +236,7 @@ def test_missing_component(bundle, manifest):
 
 def test_failure_at_run_time_is_one_line(engine, capfd):
     with pytest.raises(QavpError, match="failed in the vision_encoder") as caught:
-        engine.encode_images(np.zeros((1, 3, 5, 7), np.float32))
+        engine.encode_images({"pixel_values": np.zeros((1, 3, 5, 7), np.float32)})
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
 
@@ -254,3 +255,56 @@ def test_placeholders_that_do_not_match_the_features_state_both(engine, placehol
     features = np.zeros((1, AFTER, HIDDEN), np.float32)
     with pytest.raises(PromptError, match=f"{placeholders} image placeholders and the images {AFTER} features"):
         engine.embed(ids, features)
+
+
+@pytest.fixture(scope="module")
+def typed(bundle, tmp_path_factory):
+    """The tiny bundle with a decoder that adds 100 to the logits of vision tokens."""
+    folder = shutil.copytree(bundle, tmp_path_factory.mktemp("typed") / "bundle")
+    model = onnx.load(folder / "decoder/model.onnx")
+    graph = model.graph
+    graph.input.append(helper.make_tensor_value_info("token_type_ids", onnx.TensorProto.INT64, ["B", "S"]))
+    (last,) = [node for node in graph.node if "logits" in node.output]
+    last.output[0] = "plain_logits"
+    graph.initializer.append(numpy_helper.from_array(np.array(100, np.float32), "hundred"))
+    graph.node.extend(
+        [
+            helper.make_node("Cast", ["token_type_ids"], ["types"], to=onnx.TensorProto.FLOAT),
+            helper.make_node("Mul", ["types", "hundred"], ["raised"]),
+            helper.make_node("Unsqueeze", ["raised", "last"], ["raised_column"]),
+            helper.make_node("Add", ["plain_logits", "raised_column"], ["logits"]),
+        ]
+    )
+    onnx.save(model, folder / "decoder/model.onnx")
+    manifest = Manifest.read(folder)
+    decoder = manifest.components["decoder"]
+    inputs = [*decoder.inputs, TensorSpec("token_type_ids", "INT64", ["B", "S"])]
+    manifest.components["decoder"] = dataclasses.replace(decoder, inputs=inputs)
+    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return folder
+
+
+def test_decoder_that_takes_token_types(typed, engine):
+    ids, ones, positions = np.array([[5, 9, 11]]), np.ones((1, 3), np.int64), np.arange(3)[None]
+    embeds = engine.embed(ids, no_images())
+    plain, raised = engine.start(), OrtCpuEngine(typed, Manifest.read(typed), OPTIONS).start()
+    expected = plain.prefill(embeds, ones, positions)
+    types = np.array([[0, 1, 1]])
+    # 100 has 5 bits less for the fraction than the logits
+    np.testing.assert_allclose(
+        raised.prefill(embeds, ones, positions, types), expected + 100 * types[..., None], atol=1e-5
+    )
+    step = np.array([[7]]), np.ones((1, 4), np.int64), np.array([[3]])
+    np.testing.assert_array_equal(raised.decode(*step), plain.decode(*step))
+    np.testing.assert_array_equal(raised.prefill(embeds, ones, positions), expected)
+
+
+def test_model_tells_such_a_decoder_which_tokens_are_an_images(bundle, typed):
+    picture = np.random.default_rng(1).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    plain, raised = (QavpModel.from_bundle(folder, threads=1) for folder in (bundle, typed))
+    prepared = plain.prepare([picture, None], ["w0", "w1 w2 w3"])
+    shift = raised.logits([picture, None], ["w0", "w1 w2 w3"]) - plain.logits([picture, None], ["w0", "w1 w2 w3"])
+    # differences of 100 and of 0, with the rounding of numbers above 100
+    np.testing.assert_allclose(shift[..., 0], 100 * (prepared.input_ids == IMAGE), atol=1e-4)
+    ids = raised.generate_ids(picture, "w0 w3", max_new_tokens=6)
+    assert ids == plain.generate_ids(picture, "w0 w3", max_new_tokens=6)

@@ -12,7 +12,11 @@ from transformers import AutoImageProcessor
 from transformers.image_utils import load_image as transformers_load_image
 
 from qavp_export.errors import ImageError
-from qavp_export.runtime.images import ImagePreprocessor, load_image
+from qavp_export.manifest import Manifest
+from qavp_export.runtime.images import load_image
+from qavp_export.runtime.layouts import load_layout
+from qavp_export.runtime.processors import load_processor
+from qavp_export.runtime.prompts import PromptEncoder
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
@@ -22,9 +26,18 @@ def processor(bundle):
     return AutoImageProcessor.from_pretrained(bundle, backend="pil")
 
 
-@pytest.fixture
-def preprocess(processor):
-    return ImagePreprocessor(processor, 4, 4)
+@pytest.fixture(scope="module")
+def preprocess(bundle):
+    """From images to what the vision encoder reads, call by call."""
+    manifest = Manifest.read(bundle)
+    encoder = PromptEncoder(load_processor(bundle), manifest.vision_tokens, {})
+    layout = load_layout(manifest)
+
+    def run(sources):
+        prompt = encoder.encode("<image> " * len(sources) + "w1", sources, False)
+        return [call["pixel_values"] for call in layout.calls(layout.units(prompt, 0.5))]
+
+    return run
 
 
 def pixels(source):
@@ -95,13 +108,13 @@ def test_exif_orientation_as_in_transformers(tmp_path, orientation, turned):
 def test_pixel_values_equal_the_processors(processor, preprocess):
     images = [Image.fromarray(RGB), Image.fromarray(np.tile(RGB, (3, 2, 1)))]
     expected = np.concatenate([processor(images=image, return_tensors="np")["pixel_values"] for image in images])
-    values = preprocess(images)
+    (values,) = preprocess(images)
     assert values.dtype == np.float32
     np.testing.assert_array_equal(values, expected)
 
 
-def test_no_images_give_an_empty_batch(preprocess):
-    assert preprocess([]).shape == (0, 3, 4, 4)
+def test_no_images_need_no_call(preprocess):
+    assert preprocess([]) == []
 
 
 @pytest.mark.parametrize("shape", [(1, 40, 3), (3, 40, 3), (40, 1, 3), (40, 3, 3), (1, 1, 3)])
@@ -110,12 +123,20 @@ def test_slivers_are_not_taken_for_channels(preprocess, shape):
     sliver[:, :, 1] = 255
     expected = np.array([-2, 2, -2], np.float32)[:, None, None]  # (0 - 0.5) / 0.25 and (1 - 0.5) / 0.25
     # 1/255 in float32
-    np.testing.assert_allclose(preprocess([sliver])[0], np.broadcast_to(expected, (3, 4, 4)), atol=1e-6)
+    np.testing.assert_allclose(preprocess([sliver])[0][0], np.broadcast_to(expected, (3, 4, 4)), atol=1e-6)
 
 
-def test_wrong_size_for_a_processor_that_does_not_resize(processor):
-    with pytest.raises(ImageError, match=r"\(7x5\) gives .*\[1, 3, 4, 4\], the bundle takes \[1, 3, 8, 8\]"):
-        ImagePreprocessor(processor, 8, 8)([RGB])
+def test_image_that_does_not_give_the_encoders_shape(bundle):
+    manifest = Manifest.read(bundle)
+    processor = load_processor(bundle)
+    processor.image_processor.do_resize = False
+    encoder = PromptEncoder(processor, manifest.vision_tokens, {})
+    square = np.zeros((4, 4, 3), np.uint8)
+    prompt = encoder.encode("<image> <image>", [square, RGB], False)
+    with pytest.raises(
+        ImageError, match=r"uint8> \(7x5\) gives .*\[3, 5, 7\], the bundle takes .*3, 4, 4\]; resize .* 4x4"
+    ):
+        load_layout(manifest).units(prompt, 0.5)
 
 
 def bomb(width, height):

@@ -72,7 +72,7 @@ def write_bundle(folder: Path, positions: str = "contiguous", chat_template: str
         source="tiny",
         family="tiny",
         recipe={},
-        vision_tokens=VisionTokens(BEFORE, AFTER, "<image>", IMAGE, positions),
+        vision_tokens=VisionTokens(BEFORE, AFTER, "<image>", IMAGE, positions, keep=AFTER / BEFORE),
         decoder=DecoderSpec(1, 1, HIDDEN, HIDDEN, VOCAB, CONTEXT, [EOS], PAD),
         components=components,
         precision={},
@@ -253,8 +253,10 @@ def _write_processors(folder: Path, chat_template: str | None) -> None:
         "image_std": [STD] * 3,
         "resample": 3,
     }
+    # As in older checkpoints, the processor's own settings are not there: the model's configuration tells.
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": image_processor}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    config = {"model_type": "llava", "vision_config": {"model_type": "clip_vision_model", "patch_size": 2}}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def reference_features(picture: NDArray[np.uint8]) -> tuple[NDArray[np.float64], list[int]]:
