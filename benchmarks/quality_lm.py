@@ -121,7 +121,7 @@ class Bench:
         self._graphs, _ = pipeline.trace(self._source, lambda *_: None)
         # Pruning is not measured here, and keeping every token is the cheapest way through it.
         keep_all = settle(make_recipe("none", {"keep": 1.0}), self._source.family, self._source.plan)
-        pipeline.prune(self._graphs, keep_all, self._source)
+        pipeline.prune(self._graphs, keep_all)
         self._embedding = self._open(self._graphs["embedding"], "embedding")
         self._prompts = [self._feed(text.calibration[index : index + 1]) for index in range(len(text.calibration))]
         starts = range(0, len(text.evaluation), BATCH)

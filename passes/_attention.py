@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qavp_export.errors import GraphError
+from qavp_export.passes._builder import Dim
 from qavp_export.passes._infra import UnknownShapeError, upstream
 
 _STANDARD = ("", "Attention")
@@ -22,7 +23,7 @@ class FusedAttention:
 
     Attributes:
         node: The operator.
-        tokens: Tokens T that attend to one another.
+        tokens: Tokens T that attend to one another: a number, or a dimension.
         query: `[B,H,T,d]`, or `[B,T,H*d]`.
         key: As the query.
         heads: H.
@@ -31,7 +32,7 @@ class FusedAttention:
     """
 
     node: ir.Node
-    tokens: int
+    tokens: Dim
     query: ir.Value
     key: ir.Value
     heads: int
@@ -45,12 +46,12 @@ class OpenAttention:
 
     Attributes:
         node: The Softmax.
-        tokens: Tokens T that attend to one another.
+        tokens: Tokens T that attend to one another: a number, or a dimension.
         probabilities: `[B,H,T,T]`.
     """
 
     node: ir.Node
-    tokens: int
+    tokens: Dim
     probabilities: ir.Value
 
 
@@ -122,9 +123,10 @@ def _read_multi_head(node: ir.Node) -> FusedAttention:
 def _fused(node: ir.Node, query: ir.Value, key: ir.Value, heads: tuple[int, int], *, token_axis: int) -> FusedAttention:
     if heads[0] != heads[1]:
         raise _refused(node, f"it has {heads[0]} query heads and {heads[1]} key heads")
-    tokens, keys = _size(query, token_axis, node), _size(key, token_axis, node)
-    if tokens != keys:
-        raise _refused(node, f"{tokens} queries attend to {keys} keys: it is not self-attention")
+    tokens = _self_attending(node, _known(query, token_axis), _known(key, token_axis))
+    if tokens is None:
+        reason = f"axis {token_axis} of {query.name!r} is not known; export with a static vision grid"
+        raise UnknownShapeError(_message(node, reason))
     channels = _size(query, -1, node)
     head_size = channels // heads[0] if token_axis == 1 else channels
     # ONNX Runtime's operator writes its default scale as 0.
@@ -168,12 +170,23 @@ def _read_softmax(node: ir.Node, values: ir.Value) -> OpenAttention:
         raise _refused(node, f"its probabilities have rank {rank}, expected [B,H,T,T]")
     if node.attributes.get_int("axis", -1) not in (-1, 3):
         raise _refused(node, "its Softmax is not over the last axis")
-    queries, keys = _known(probabilities, 2), _known(probabilities, 3) or _known(values, -2)
-    if queries is None or keys is None:
+    keys = _known(probabilities, 3)
+    if not isinstance(keys, int):
+        keys = _known(values, -2) or keys
+    tokens = _self_attending(node, _known(probabilities, 2), keys)
+    if tokens is None:
         raise UnknownShapeError(_message(node, "the number of its tokens is not known; export with a static grid"))
-    if queries != keys:
+    return OpenAttention(node, tokens, probabilities)
+
+
+def _self_attending(node: ir.Node, queries: Dim | None, keys: Dim | None) -> Dim | None:
+    """The number of tokens, of which queries and keys tell; None where one of them is not known."""
+    if queries is None or keys is None:
+        return None
+    # Two names may stand for one dimension, which shows when the graph runs; two numbers do not.
+    if isinstance(queries, int) and isinstance(keys, int) and queries != keys:
         raise _refused(node, f"{queries} queries attend to {keys} keys: it is not self-attention")
-    return OpenAttention(node, keys, probabilities)
+    return keys if isinstance(keys, int) else queries
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:
@@ -189,14 +202,15 @@ def _rank(value: ir.Value) -> int:
     return value.shape.rank()
 
 
-def _known(value: ir.Value, axis: int) -> int | None:
+def _known(value: ir.Value, axis: int) -> Dim | None:
+    """The size of an axis: a number, or a dimension that has a name."""
     size = value.shape[axis] if value.shape is not None else None
-    return size if isinstance(size, int) else None
+    return None if isinstance(size, ir.SymbolicDim) and size.value is None else size
 
 
 def _size(value: ir.Value, axis: int, node: ir.Node) -> int:
     size = _known(value, axis)
-    if size is None:
+    if not isinstance(size, int):
         reason = f"axis {axis} of {value.name!r} is not known; export with a static vision grid"
         raise UnknownShapeError(_message(node, reason))
     return size

@@ -84,11 +84,17 @@ class NodeBuilder:
         """Add a Constant node that holds int64 numbers, rank 1."""
         return self.constant(name, np.asarray(values, dtype=np.int64))
 
-    def slice(self, name: str, value: ir.Value, start: int, stop: int, axis: int) -> ir.Value:
-        """Add a Slice along one axis; a slice that takes everything adds nothing."""
+    def slice(self, name: str, value: ir.Value, start: int, stop: Dim, axis: int) -> ir.Value:
+        """Add a Slice along one axis; a slice that takes everything adds nothing.
+
+        Raises:
+            TypeError: It takes part of an axis whose size is not a number.
+        """
         shape = list(_shape(value))
         if start == 0 and shape[axis] == stop:
             return value
+        if not isinstance(stop, int):
+            raise TypeError(f"{name} would slice {value.name} up to {stop}, which is not a number")
         shape[axis] = stop - start
         bounds = [
             self.ints(f"{name}/{part}", [number]) for part, number in (("start", start), ("stop", stop), ("axis", axis))

@@ -11,8 +11,9 @@ from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, Precondi
 from onnx_ir.passes.common import ShapeInferencePass
 
 from qavp_export.errors import GraphError, QavpError
+from qavp_export.passes._builder import Dim
 
-_STATIC_GRID = "export with a static vision grid"
+_STATIC = "export with a static vision grid, or name the dynamic axes"
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
@@ -130,21 +131,22 @@ def require_features(model: ir.Model, name: str) -> ir.Value:
     return value
 
 
-def token_grid(value: ir.Value) -> tuple[int, int]:
-    """The static number of tokens and channels of image features `[B,N,D]`.
+def token_grid(value: ir.Value) -> tuple[Dim, int]:
+    """Tokens and channels of image features `[B,N,D]`: a number or a named dimension, and a number.
 
     Raises:
         GraphError: The value is not of rank 3; `UnknownShapeError` where N or D is not known.
     """
     if value.shape is None:
-        raise UnknownShapeError(f"{value.name!r} has no known shape [B,N,D]; {_STATIC_GRID}")
+        raise UnknownShapeError(f"{value.name!r} has no known shape [B,N,D]; {_STATIC}")
     if value.shape.rank() != 3:
         raise GraphError(f"{value.name!r} has shape {list_shape(value)}; image features are [B,N,D]")
     tokens, width = value.shape[1], value.shape[2]
-    if not isinstance(tokens, int) or not isinstance(width, int):
-        raise UnknownShapeError(
-            f"{value.name!r} has shape {list_shape(value)}: N and D must be numbers; {_STATIC_GRID}"
-        )
+    if not isinstance(width, int):
+        raise UnknownShapeError(f"{value.name!r} has shape {list_shape(value)}: D must be a number; {_STATIC}")
+    # What has no name yet may turn out to be a number.
+    if isinstance(tokens, ir.SymbolicDim) and tokens.value is None:
+        raise UnknownShapeError(f"{value.name!r} has shape {list_shape(value)}, in which N is not known; {_STATIC}")
     return tokens, width
 
 

@@ -12,7 +12,7 @@ from qavp_export.numerics.score import ScoreInput, check_score_settings
 from qavp_export.numerics.semantic import Scorer
 from qavp_export.passes import semantic as scorers
 from qavp_export.passes._attention import FusedAttention, OpenAttention, attention_upstream
-from qavp_export.passes._builder import NodeBuilder
+from qavp_export.passes._builder import Dim, NodeBuilder
 from qavp_export.passes._infra import (
     RewritePass,
     RewriteResult,
@@ -31,6 +31,13 @@ from qavp_export.passes.functions import (
     hybrid_token_score,
     token_norm,
 )
+from qavp_export.passes.relevance import (
+    PATCH_RELEVANCE,
+    connect_relevance,
+    drop_relevance,
+    patch_grid,
+    relevance_ports,
+)
 
 MINIMUM_OPSET = 18
 SCORE = f"/prune/score/{HYBRID_TOKEN_SCORE}_output_0"
@@ -40,10 +47,11 @@ PLUGIN_VERSION = "1"
 
 @dataclass(frozen=True)
 class _Plan:
-    tokens: int
+    tokens: Dim
     width: int
     group_size: int
     site: FusedAttention | OpenAttention | None
+    images: Dim
     prefix: int
 
 
@@ -57,9 +65,14 @@ class InsertHybridScore(RewritePass):
        operators. Its attributes `plugin_namespace`, `plugin_version` and `aot` let TensorRT run a plugin in
        its place.
 
-    Nothing else changes. No weight is read; weights may be without data. N, D and the attention's sizes must
-    be static, the batch need not be. Any opset from 18 on will do. Features must be finite and below 1e15 in
-    magnitude: an image with others gets meaningless scores, and other images of the batch are unaffected.
+    Where tokens are not the tower's patches, the graph says how relevance gets from one to the other: it has an input
+    `patch_relevance [T,P]`, which the scorer's nodes replace, and an output `token_relevance [B,N]`, which is scored.
+    Both go; so do the nodes between them if the scorer reads no attention.
+
+    Nothing else changes. No weight is read; weights may be without data. D must be static; batch, N and the
+    attention's tokens need not be (then N has a name, and the tower no [CLS]). Any opset from 18 on will do.
+    Features must be finite and below 1e15 in magnitude: an image with others gets meaningless scores, and other
+    images of the batch are unaffected.
 
     Args:
         at: Name of the image features: what the projector computes, or a graph input.
@@ -110,8 +123,17 @@ class InsertHybridScore(RewritePass):
         add_function(model, hybrid_token_score(plan.width, opset, self.score_input))
         if self.semantic == "norm":
             add_function(model, token_norm(plan.width, opset))
-        nodes = self._build(features, plan)
-        insert_behind(model.graph, features, nodes)
+        builder = NodeBuilder("/prune/semantic")
+        relevance = self._relevance(builder, features, plan)
+        if plan.site is not None and relevance_ports(model) is not None:
+            # Ahead of the nodes that make tokens of patches, which stand behind the attention once sorted.
+            insert_behind(model.graph, plan.site.node.outputs[0], builder.nodes)
+            relevance = connect_relevance(model, relevance)
+            insert_behind(model.graph, features, self._score(features, relevance, plan))
+            model.graph.sort()
+        else:
+            drop_relevance(model)
+            insert_behind(model.graph, features, [*builder.nodes, *self._score(features, relevance, plan)])
         return RewriteResult(model, modified=True, matched=1)
 
     def ensures(self, model: ir.Model) -> None:
@@ -123,29 +145,28 @@ class InsertHybridScore(RewritePass):
         group_size = largest_group_size([width]) if self.group_size is None else self.group_size
         check_score_settings(width, group_size, self.alpha, self.score_input)
         if self.semantic not in scorers.ATTENTION_SCORERS:
-            return _Plan(tokens, width, group_size, None, 0)
-        site = attention_upstream(model.graph, features)
-        prefix = scorers.prefix_tokens(site, self.at, tokens, self.semantic)
-        return _Plan(tokens, width, group_size, site, prefix)
+            return _Plan(tokens, width, group_size, None, _batch(features), 0)
+        site, ports = attention_upstream(model.graph, features), relevance_ports(model)
+        images, patches = (_batch(features), tokens) if ports is None else patch_grid(ports[0])
+        prefix = scorers.prefix_tokens(site, self.at if ports is None else PATCH_RELEVANCE, patches, self.semantic)
+        return _Plan(tokens, width, group_size, site, images, prefix)
 
-    def _build(self, features: ir.Value, plan: _Plan) -> list[ir.Node]:
-        if features.shape is None:
-            raise GraphError(f"{self.at!r} has no known shape")
-        batch = features.shape[0]
-        builder = NodeBuilder("/prune/semantic")
+    def _relevance(self, builder: NodeBuilder, features: ir.Value, plan: _Plan) -> ir.Value:
+        """Adds the semantic scorer; the relevance of the features' tokens, or of the patches they are made of."""
         if plan.site is not None:
-            relevance = scorers.attention_relevance(builder, plan.site, batch, plan.prefix, self.semantic)
-        elif self.semantic == "norm":
-            relevance = scorers.norm(builder, features, batch, plan.tokens)
-        else:
-            relevance = scorers.random(builder, features, batch, plan.tokens, self.seed)
-        scoring = NodeBuilder("/prune/score")
-        scoring.op(
+            return scorers.attention_relevance(builder, plan.site, plan.images, plan.prefix, self.semantic)
+        if self.semantic == "norm":
+            return scorers.norm(builder, features, plan.images, plan.tokens)
+        return scorers.random(builder, features, plan.images, plan.tokens, self.seed)
+
+    def _score(self, features: ir.Value, relevance: ir.Value, plan: _Plan) -> list[ir.Node]:
+        builder = NodeBuilder("/prune/score")
+        builder.op(
             HYBRID_TOKEN_SCORE,
             HYBRID_TOKEN_SCORE,
             [features, relevance],
             ir.DataType.FLOAT,
-            [batch, plan.tokens],
+            [_batch(features), plan.tokens],
             {
                 "group_size": plan.group_size,
                 "alpha": float(self.alpha),
@@ -156,4 +177,10 @@ class InsertHybridScore(RewritePass):
             },
             domain=DOMAIN,
         )
-        return [*builder.nodes, *scoring.nodes]
+        return builder.nodes
+
+
+def _batch(features: ir.Value) -> Dim:
+    if features.shape is None:
+        raise GraphError(f"{features.name!r} has no known shape")
+    return features.shape[0]

@@ -16,17 +16,20 @@ from qavp_export.passes._infra import (
     token_grid,
     with_shapes,
 )
+from qavp_export.passes.relevance import drop_relevance
 from qavp_export.passes.select_gather import KEPT_INDICES
 
 
 class KeepAllTokens(RewritePass):
     """Adds the output `kept_indices [B,N]` = 0, 1, ..., N-1 to a vision graph that keeps all tokens.
 
+    The input `patch_relevance` and the output `token_relevance`, where a graph has them, go: nothing is scored.
+
     Args:
-        at: The value `[B,N,D]` whose tokens are counted; N is static.
+        at: The value `[B,N,D]` whose tokens are counted; N is a number, or has a name.
 
     Raises:
-        GraphError: When called: the graph lacks the features or a static N, or has the output already.
+        GraphError: When called: the graph lacks the features or a known N, or has the output already.
     """
 
     def __init__(self, at: str = "image_features") -> None:
@@ -42,14 +45,30 @@ class KeepAllTokens(RewritePass):
         """Adds the output; see the class."""
         features = find_value(model, self.at)
         tokens, _ = with_shapes(model, lambda: token_grid(features))
-        int64 = ir.DataType.INT64
+        drop_relevance(model)
         builder = NodeBuilder("/keep_all")
-        batch = builder.op("Shape", "Shape", [features], int64, [1], {"start": 0, "end": 1})
-        shape = builder.op("Concat", "Concat", [batch, builder.ints("tokens", [tokens])], int64, [2], {"axis": 0})
-        raster = builder.constant("raster", np.arange(tokens, dtype=np.int64))
-        rows = features.shape[0] if features.shape is not None else "batch"
-        indices = builder.op("Expand", "Expand", [raster, shape], int64, [ir.Shape([rows])[0], tokens])
+        rows = features.shape[0] if features.shape is not None else ir.SymbolicDim("batch")
+        raster, shape = _static(builder, features, tokens) if isinstance(tokens, int) else _dynamic(builder, features)
+        indices = builder.op("Expand", "Expand", [raster, shape], ir.DataType.INT64, [rows, tokens])
         indices.name = KEPT_INDICES
         insert_behind(model.graph, features, builder.nodes)
         model.graph.outputs.append(indices)
         return RewriteResult(model, modified=True, matched=1)
+
+
+def _static(builder: NodeBuilder, features: ir.Value, tokens: int) -> tuple[ir.Value, ir.Value]:
+    """0, 1, ..., N-1 and the shape `[B,N]`, N a number."""
+    int64 = ir.DataType.INT64
+    batch = builder.op("Shape", "Shape", [features], int64, [1], {"start": 0, "end": 1})
+    shape = builder.op("Concat", "Concat", [batch, builder.ints("tokens", [tokens])], int64, [2], {"axis": 0})
+    return builder.constant("raster", np.arange(tokens, dtype=np.int64)), shape
+
+
+def _dynamic(builder: NodeBuilder, features: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """0, 1, ..., N-1 and the shape `[B,N]`, N as the features have it."""
+    int64, tokens = ir.DataType.INT64, token_grid(features)[0]
+    shape = builder.op("Shape", "Shape", [features], int64, [2], {"start": 0, "end": 2})
+    last = builder.constant("last", np.asarray(1, dtype=np.int64))
+    count = builder.op("Tokens", "Gather", [shape, last], int64, [], {"axis": 0})
+    first, step = (builder.constant(name, np.asarray(value, np.int64)) for name, value in (("first", 0), ("step", 1)))
+    return builder.op("Range", "Range", [first, count, step], int64, [tokens]), shape

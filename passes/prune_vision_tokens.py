@@ -15,7 +15,8 @@ from qavp_export.passes.select_gather import SelectGather
 class PruneVisionTokens(RewritePass):
     """Keeps the best k tokens of image features `[B,N,D]`: `InsertHybridScore`, then `SelectGather`.
 
-    Works on any ONNX vision graph, opset 18 or newer, with a static grid::
+    Works on any ONNX vision graph, opset 18 or newer, with a static grid or, with `tokens` or `keep_input`, one of
+    named axes::
 
         import onnx_ir as ir
         from qavp_export.passes import PruneVisionTokens
@@ -25,11 +26,12 @@ class PruneVisionTokens(RewritePass):
         ir.save(result.model, "vision_pruned.onnx")
 
     The output `image_features` is then `[B,k,D]`, and a new output `kept_indices [B,k]` (INT64) tells which
-    tokens of the grid they are, in raster order.
+    tokens of the grid they are, in raster order. With `keep_input`, a new input `keep_tokens [1]` (INT64) says what k
+    is, call by call.
 
     Args:
         at: Name of the image features.
-        keep: The fraction kept, in (0, 1]; give this or `tokens`.
+        keep: The fraction kept, in (0, 1]; give this, `tokens` or `keep_input`.
         tokens: The number kept, k.
         semantic: Semantic scorer: `cls` (towers with a [CLS] token), `received`, `norm` or `random`.
         alpha: Weight of the semantic relevance, in [0, 1]; 1 is semantic pruning alone.
@@ -37,6 +39,7 @@ class PruneVisionTokens(RewritePass):
         score_input: `raw` or `rms`.
         seed: Seed of the scorer `random`.
         select: `topk`.
+        keep_input: Take k from the graph input `keep_tokens`.
 
     Raises:
         InputError: A setting is out of range.
@@ -55,9 +58,11 @@ class PruneVisionTokens(RewritePass):
         score_input: ScoreInput = "raw",
         seed: int = 0,
         select: Select = "topk",
+        *,
+        keep_input: bool = False,
     ) -> None:
         self._score = InsertHybridScore(at, semantic, alpha, group_size, score_input, seed)
-        self._select = SelectGather(at, keep=keep, tokens=tokens, select=select)
+        self._select = SelectGather(at, keep=keep, tokens=tokens, select=select, keep_input=keep_input)
 
     def requires(self, model: ir.Model) -> None:
         """Checks what both passes require, so that neither runs if one cannot."""

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qavp_export.errors import GraphError, InputError
 from qavp_export.numerics.select import Select, tokens_to_keep
-from qavp_export.passes._builder import NodeBuilder
+from qavp_export.passes._builder import Dim, NodeBuilder
 from qavp_export.passes._infra import (
     Refusal,
     RewritePass,
@@ -28,6 +28,7 @@ from qavp_export.passes._infra import (
 from qavp_export.passes.hybrid_score import MINIMUM_OPSET, SCORE
 
 KEPT_INDICES = "kept_indices"
+KEEP_TOKENS = "keep_tokens"
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class SelectPlan:
     """What `SelectGather` is going to do.
 
     Attributes:
-        kept: Tokens per image that are kept, k.
+        kept: Tokens per image that are kept, k: a number, or the dimension `kept`.
         width: Channels per token, D.
         uses: Nodes, and which of their inputs, that will read the kept tokens.
         dependents: All nodes behind these uses.
     """
 
-    kept: int
+    kept: Dim
     width: int
     uses: list[tuple[ir.Node, int]]
     dependents: list[ir.Node]
@@ -57,19 +58,22 @@ class SelectGather(RewritePass):
        features take over the features' name, the full ones are renamed `<name>_unpruned` (a graph input keeps
        its name; the kept features are named `<name>_pruned` then).
 
-    k is static: the graph states it. k = N is valid and keeps everything. Other graph outputs of N tokens that do
+    k is static: the graph states it, and N must be static too where k is a fraction of it. With `keep_input`, k comes
+    with every call, as the new graph input `keep_tokens [1]`, INT64; one that exceeds N fails when the graph runs.
+    k = N is valid and keeps everything. Other graph outputs of N tokens that do
     not depend on the features stay as they are, and the result lists them as refused.
 
     Args:
         at: Name of the image features.
         score: Name of the score, `[B,N]` FLOAT.
-        keep: The fraction kept, in (0, 1]; give this or `tokens`.
+        keep: The fraction kept, in (0, 1]; give this, `tokens` or `keep_input`.
         tokens: The number kept, k.
         select: `topk`.
+        keep_input: Take k from the graph input `keep_tokens`.
 
     Raises:
         InputError: A setting is out of range.
-        GraphError: When called: the graph lacks the features, the score or a static N, or what consumes the
+        GraphError: When called: the graph lacks the features, the score or a known N, or what consumes the
             features is fixed to N tokens. The model is unchanged then, except for shapes that were inferred.
     """
 
@@ -80,9 +84,11 @@ class SelectGather(RewritePass):
         keep: float | None = None,
         tokens: int | None = None,
         select: Select = "topk",
+        *,
+        keep_input: bool = False,
     ) -> None:
-        if (keep is None) == (tokens is None):
-            raise InputError("give either keep or tokens")
+        if (keep is not None) + (tokens is not None) + keep_input != 1:
+            raise InputError("give either keep or tokens or keep_input")
         if keep is not None:
             # Any number of tokens will do: this checks the fraction before any graph is there.
             tokens_to_keep(1, keep)
@@ -95,6 +101,7 @@ class SelectGather(RewritePass):
         self.keep = keep
         self.tokens = tokens
         self.select = select
+        self.keep_input = keep_input
 
     def requires(self, model: ir.Model) -> None:
         """Checks the opset, and that features and score are there and nothing was selected yet."""
@@ -110,6 +117,8 @@ class SelectGather(RewritePass):
         require_opset(model, MINIMUM_OPSET)
         features = require_features(model, self.at)
         require_free_name(model, KEPT_INDICES)
+        if self.keep_input:
+            require_free_name(model, KEEP_TOKENS)
         if features.producer() is None and features in model.graph.outputs:
             raise GraphError(f"{self.at!r} is an input and an output of the graph; nothing computes it")
 
@@ -119,7 +128,8 @@ class SelectGather(RewritePass):
         plan = self.plan(model, upstream(score))
         refused = _unpruned_outputs(model, features, plan)
         builder = NodeBuilder("/prune/select")
-        indices, gathered = _build(builder, features, score, plan)
+        count = self._count_value(model, builder, plan.kept)
+        indices, gathered = _build(builder, features, score, count, plan)
         insert_behind(model.graph, score, builder.nodes)
         for node, index in plan.uses:
             node.replace_input_with(index, gathered)
@@ -135,7 +145,7 @@ class SelectGather(RewritePass):
     def ensures(self, model: ir.Model) -> None:
         """Checks that k tokens and their indices are there."""
         kept = [value for value in model.graph.outputs if value.name == KEPT_INDICES]
-        if len(kept) != 1 or kept[0].shape is None or not isinstance(kept[0].shape[1], int):
+        if len(kept) != 1 or kept[0].shape is None or isinstance(kept[0].shape[1], int) == self.keep_input:
             raise GraphError(f"the graph has no output {KEPT_INDICES!r} [B,k]")
 
     def plan(self, model: ir.Model, scoring: Collection[ir.Node] = ()) -> SelectPlan:
@@ -150,32 +160,36 @@ class SelectGather(RewritePass):
 
         Raises:
             InputError: k exceeds N.
-            GraphError: N is not static, or a consumer is fixed to N tokens.
+            GraphError: N is not known, or a consumer is fixed to N tokens.
         """
         features = find_value(model, self.at)
         tokens, width = with_shapes(model, lambda: token_grid(features))
         uses = [(use.node, use.idx) for use in features.uses() if use.node not in scoring]
         dependents = list(_downstream([node for node, _ in uses]))
         _require_flexible(dependents, tokens, self.at)
-        return SelectPlan(self.count(tokens), width, uses, dependents)
+        kept = ir.SymbolicDim("kept") if self.keep_input else self._count(tokens)
+        return SelectPlan(kept, width, uses, dependents)
 
-    def count(self, available: int) -> int:
-        """How many of the available tokens are kept.
+    def _count(self, available: Dim) -> int:
+        """Returns k, checked against N tokens where N is a number."""
+        if self.tokens is None:
+            if not isinstance(available, int):
+                raise GraphError(
+                    f"{self.at!r} has a varying number of tokens ({available}), of which no fraction can be stated; "
+                    "use keep_input or tokens"
+                )
+            return tokens_to_keep(available, self.keep or 0.0)
+        if isinstance(available, int) and self.tokens > available:
+            raise InputError(f"tokens is {self.tokens}, but {self.at!r} has {available} tokens per image")
+        return self.tokens
 
-        Args:
-            available: Tokens per image, N.
-
-        Returns:
-            k.
-
-        Raises:
-            InputError: k exceeds N.
-        """
-        if self.tokens is not None:
-            if self.tokens > available:
-                raise InputError(f"tokens is {self.tokens}, but {self.at!r} has {available} tokens per image")
-            return self.tokens
-        return tokens_to_keep(available, self.keep or 0.0)
+    def _count_value(self, model: ir.Model, builder: NodeBuilder, kept: Dim) -> ir.Value:
+        """Returns k as TopK reads it."""
+        if isinstance(kept, int):
+            return builder.ints("k", [kept])
+        given = ir.Value(name=KEEP_TOKENS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
+        model.graph.inputs.append(given)
+        return given
 
     def _rename(self, features: ir.Value, gathered: ir.Value) -> None:
         if features.producer() is None:
@@ -185,13 +199,14 @@ class SelectGather(RewritePass):
             gathered.name = self.at
 
 
-def _build(builder: NodeBuilder, features: ir.Value, score: ir.Value, plan: SelectPlan) -> tuple[ir.Value, ir.Value]:
+def _build(
+    builder: NodeBuilder, features: ir.Value, score: ir.Value, count: ir.Value, plan: SelectPlan
+) -> tuple[ir.Value, ir.Value]:
     if features.shape is None:
         raise GraphError(f"{features.name!r} has no known shape")
     batch, dtype = features.shape[0], features.dtype or ir.DataType.FLOAT
     int64 = ir.DataType.INT64
     shape = [batch, plan.kept]
-    count = builder.ints("k", [plan.kept])
     best = builder.op(
         "TopK",
         "TopK",
@@ -235,8 +250,10 @@ def _downstream(nodes: list[ir.Node]) -> Iterator[ir.Node]:
             pending.extend(node.successors())
 
 
-def _require_flexible(nodes: list[ir.Node], tokens: int, at: str) -> None:
+def _require_flexible(nodes: list[ir.Node], tokens: Dim, at: str) -> None:
     """Refuse consumers that spell the number of tokens out: they would mix tokens up, or fail at run time."""
+    if not isinstance(tokens, int):
+        return
     for node in nodes:
         if node.op_type not in ("Reshape", "Expand") or node.inputs[1] is None:
             continue

@@ -12,9 +12,12 @@ from qavp_export.errors import GraphError, InputError
 from qavp_export.numerics.semantic import Scorer, random_relevance
 from qavp_export.passes._attention import FusedAttention, OpenAttention
 from qavp_export.passes._builder import Dim, NodeBuilder
+from qavp_export.passes._infra import UnknownShapeError
 from qavp_export.passes.functions import DOMAIN, TOKEN_NORM
 
 ATTENTION_SCORERS = frozenset({"cls", "received"})
+# More than any supported model makes of one image.
+LONGEST_DRAW = 2**14
 
 
 def check_scorer(scorer: str) -> None:
@@ -27,13 +30,15 @@ def check_scorer(scorer: str) -> None:
         raise InputError(f"semantic is {scorer!r}; choose one of {list(get_args(Scorer))}")
 
 
-def prefix_tokens(site: FusedAttention | OpenAttention, features: str, tokens: int, scorer: str) -> int:
+def prefix_tokens(site: FusedAttention | OpenAttention, features: str, patches: Dim, scorer: str) -> int:
     """How many tokens stand before the first patch: 1 with a [CLS], else 0.
+
+    Where both numbers vary with the image there is nothing to compare: the tower is taken to have no [CLS].
 
     Args:
         site: The attention of the layer that feeds the projector.
         features: Name of the image features, for messages.
-        tokens: Their number of tokens, N.
+        patches: The number of tokens that are scored by this attention.
         scorer: `cls` or `received`.
 
     Returns:
@@ -41,17 +46,29 @@ def prefix_tokens(site: FusedAttention | OpenAttention, features: str, tokens: i
 
     Raises:
         GraphError: The attention sees other tokens than the features have, or `cls` is asked for without
-            a [CLS].
+            a [CLS]; `UnknownShapeError` where only one of the two numbers is known.
     """
-    prefix = site.tokens - tokens
+    if not isinstance(site.tokens, int) or not isinstance(patches, int):
+        if isinstance(site.tokens, int) or isinstance(patches, int):
+            raise UnknownShapeError(
+                f"attention {site.node.name!r} has {site.tokens} tokens and {features!r} {patches}, of which one is "
+                "not a number; export both static or both dynamic"
+            )
+        if scorer == "cls":
+            raise GraphError(
+                f"attention {site.node.name!r} has a varying number of tokens, so a [CLS] among them cannot be told; "
+                "use semantic 'received'"
+            )
+        return 0
+    prefix = site.tokens - patches
     if prefix not in (0, 1):
         raise GraphError(
-            f"attention {site.node.name!r} has {site.tokens} tokens and {features!r} {tokens}; expected "
+            f"attention {site.node.name!r} has {site.tokens} tokens and {features!r} {patches}; expected "
             "as many, or one more ([CLS]): use semantic 'norm'"
         )
     if scorer == "cls" and prefix == 0:
         raise GraphError(
-            f"attention {site.node.name!r} and {features!r} both have {tokens} tokens: the tower has "
+            f"attention {site.node.name!r} and {features!r} both have {patches} tokens: the tower has "
             "no [CLS] token; use semantic 'received'"
         )
     return prefix
@@ -69,14 +86,14 @@ def attention_relevance(
     Args:
         builder: Receives the nodes.
         site: The attention.
-        batch: The batch dimension.
+        batch: The attention's batch dimension.
         prefix: Tokens before the first patch.
         scorer: `cls` or `received`.
 
     Returns:
         Relevance `[B,N]`, FLOAT.
     """
-    rows = (0, 1) if scorer == "cls" else (prefix, site.tokens)
+    rows: tuple[int, Dim] = (0, 1) if scorer == "cls" else (prefix, site.tokens)
     if isinstance(site, FusedAttention):
         probabilities = _recompute(builder, site, batch, rows)
     else:
@@ -94,7 +111,7 @@ def attention_relevance(
     return builder.slice("Patches", mean, prefix, site.tokens, 1)
 
 
-def norm(builder: NodeBuilder, features: ir.Value, batch: Dim, tokens: int) -> ir.Value:
+def norm(builder: NodeBuilder, features: ir.Value, batch: Dim, tokens: Dim) -> ir.Value:
     """Add the scorer `norm`: one `qavp.TokenNorm` node; the caller adds its function.
 
     Returns:
@@ -104,20 +121,29 @@ def norm(builder: NodeBuilder, features: ir.Value, batch: Dim, tokens: int) -> i
     return builder.op(TOKEN_NORM, TOKEN_NORM, [features], ir.DataType.FLOAT, shape, domain=DOMAIN)
 
 
-def random(builder: NodeBuilder, features: ir.Value, batch: Dim, tokens: int, seed: int) -> ir.Value:
+def random(builder: NodeBuilder, features: ir.Value, batch: Dim, tokens: Dim, seed: int) -> ir.Value:
     """Add the scorer `random`: a constant draw, the same for every image.
+
+    Where N varies, an image takes the first N of a longer draw, which are what a draw of N would be; one of more than
+    `LONGEST_DRAW` tokens fails when the graph runs.
 
     Returns:
         Relevance `[B,N]`, FLOAT.
     """
-    draw = builder.constant("Draw", random_relevance(seed, tokens)[np.newaxis])
+    length = tokens if isinstance(tokens, int) else LONGEST_DRAW
+    draw = builder.constant("Draw", random_relevance(seed, length)[np.newaxis])
+    if not isinstance(tokens, int):
+        count = builder.op("Count", "Shape", [features], ir.DataType.INT64, [1], {"start": 1, "end": 2})
+        bounds = [builder.ints("Draw/start", [0]), count, builder.ints("Draw/axis", [1])]
+        draw = builder.op("Draw/Slice", "Slice", [draw, *bounds], ir.DataType.FLOAT, [1, tokens])
     shape = builder.op("Shape", "Shape", [features], ir.DataType.INT64, [2], {"start": 0, "end": 2})
     return builder.op("Expand", "Expand", [draw, shape], ir.DataType.FLOAT, [batch, tokens])
 
 
-def _recompute(builder: NodeBuilder, site: FusedAttention, batch: Dim, rows: tuple[int, int]) -> ir.Value:
+def _recompute(builder: NodeBuilder, site: FusedAttention, batch: Dim, rows: tuple[int, Dim]) -> ir.Value:
     """Probabilities of some query rows, `[B,H,rows,T]`, in FLOAT whatever the tower's type is."""
-    heads, size, count = site.heads, site.head_size, rows[1] - rows[0]
+    heads, size = site.heads, site.head_size
+    count = rows[1] - rows[0] if isinstance(rows[1], int) else rows[1]
     split = site.query.shape is not None and site.query.shape.rank() == 4
     query = builder.slice("Query", site.query, *rows, 2 if split else 1)
     key = site.key
@@ -136,7 +162,7 @@ def _recompute(builder: NodeBuilder, site: FusedAttention, batch: Dim, rows: tup
     return builder.op("Softmax", "Softmax", [logits], float32, shape, {"axis": -1})
 
 
-def _split_heads(builder: NodeBuilder, name: str, value: ir.Value, sizes: tuple[Dim, int, int, int]) -> ir.Value:
+def _split_heads(builder: NodeBuilder, name: str, value: ir.Value, sizes: tuple[Dim, Dim, int, int]) -> ir.Value:
     """`[B,n,H*d]` -> `[B,H,n,d]`."""
     batch, count, heads, size = sizes
     dtype = value.dtype or ir.DataType.FLOAT

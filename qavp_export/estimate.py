@@ -28,8 +28,10 @@ class Estimate:
     """The plan that `--dry-run` prints.
 
     Attributes:
-        vision_tokens_before: Vision tokens per image from the projector (N).
-        vision_tokens_after: Vision tokens per image that reach the decoder (k).
+        vision_tokens_before: Vision tokens from the projector of what is pruned at once (N); None: varies.
+        vision_tokens_after: Those of them that reach the decoder (k); None: varies, or chosen by the call.
+        keep: Fraction kept, unless a call asks for another.
+        keep_range: The fractions that a call may ask for; None: no other.
         semantic: Semantic scorer.
         group_size: Channels that share a scale.
         decoder_layers: Decoder layers.
@@ -42,8 +44,10 @@ class Estimate:
             does not fit.
     """
 
-    vision_tokens_before: int
-    vision_tokens_after: int
+    vision_tokens_before: int | None
+    vision_tokens_after: int | None
+    keep: float
+    keep_range: tuple[float, float] | None
     semantic: str
     group_size: int
     decoder_layers: int
@@ -90,6 +94,8 @@ def estimate(config: Any, family: Family, plan: Plan, settings: Settings) -> Est
     return Estimate(
         vision_tokens_before=plan.vision_tokens,
         vision_tokens_after=settings.tokens_kept,
+        keep=settings.recipe.keep,
+        keep_range=settings.recipe.keep_range,
         semantic=settings.semantic,
         group_size=settings.group_size,
         decoder_layers=plan.num_layers,

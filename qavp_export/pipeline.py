@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,15 @@ import onnx_ir as ir
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from qavp_export.bundle import BundleWriter
+from qavp_export.bundle import BundleWriter, describe_component
 from qavp_export.calibration import CalibrationSet, demo_calibration, read_calibration
 from qavp_export.calibration.prompts import embed_prompts, embed_text
 from qavp_export.checkpoint import Checkpoint
 from qavp_export.errors import BundleError, CheckpointError, ParityError, RecipeError
-from qavp_export.families import Family, Plan, family_for
+from qavp_export.families import Family, Layout, Plan, family_for
 from qavp_export.manifest import DecoderSpec, Manifest, VisionTokens
-from qavp_export.parity import check_parity
+from qavp_export.parity import Exported, check_parity
+from qavp_export.parity.tapped import TOKEN_TYPES
 from qavp_export.passes import (
     FoldWeightTransposes,
     KeepAllTokens,
@@ -33,7 +35,7 @@ from qavp_export.passes import (
 )
 from qavp_export.quantization import Calibration, Quantization, quantize
 from qavp_export.recipe import Recipe
-from qavp_export.runtime.processors import load_processors
+from qavp_export.runtime.processors import load_processor
 from qavp_export.settings import Settings, settle
 from qavp_export.tracing import PARAMETER, build_skeleton, trace_components
 from qavp_export.weights import CheckpointWeights
@@ -43,6 +45,8 @@ Progress = Callable[[str, int, int], None]
 
 # Sequences that stand for whatever begins a prompt, and their length.
 _OPENINGS = (8, 4)
+# What the keep ratio applies to. Where images are not cut up, their only tile is the image.
+_UNITS: Mapping[Layout, str] = MappingProxyType({"grid": "tile", "tiles": "tile-set", "native": "image"})
 _LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
@@ -76,6 +80,7 @@ def export(
     force: bool,
     progress: Progress,
     calibration_data: Path | None = None,
+    resume: bool = False,
 ) -> Manifest:
     """Exports a checkpoint folder as a bundle.
 
@@ -87,6 +92,8 @@ def export(
         force: Replace an existing bundle.
         progress: Called as the work goes on.
         calibration_data: Image prompts for recipes that need them, see `read_calibration`; None takes the demo's.
+        resume: Go on where an interrupted export of the same kind has stopped, and leave what is finished for the next
+            one if this is interrupted. The bundle is the same, byte by byte, as that of an uninterrupted export.
 
     Returns:
         The bundle's manifest.
@@ -97,30 +104,63 @@ def export(
     source = open_source(folder, name)
     settings = settle(recipe, source.family, source.plan)
     drawn = draw_prompts(recipe, calibration_data)
-    with BundleWriter(target, force=force) as writer:
+    identity = identify(source, settings, drawn)
+    with BundleWriter(target, force=force, resume=resume, identity=identity) as writer:
         writer.copy(source.checkpoint.extra_files())
         graphs, weights = trace(source, _stage(progress, "trace"))
         progress("prune", 0, 1)
-        prune(graphs, settings, source)
+        prune(graphs, settings)
         manifest = describe(source, settings)
         for component in ("vision_encoder", "embedding"):
-            _write(writer, manifest, component, graphs, weights, progress)
-        with writer.scratch() as scratch:
-            prompts = embed(drawn, writer.folder, manifest, Path(scratch), progress)
-            sinks = recipe.algorithm == "sink"
-            opened = embed_text(writer.folder, manifest, openings(source, recipe)) if sinks else {}
-            calibration = Calibration(prompts, opened, Path(scratch), progress)
-            quantized = quantize(graphs["decoder"], settings, calibration)
-            _write(writer, manifest, "decoder", graphs, weights, progress, quantized.rotated())
-        progress("compare with PyTorch", 0, 1)
+            _store_half(graphs[component], weights)
+            stage = _stage(progress, f"write {component}")
+            manifest.components[component] = writer.write_graph(component, graphs[component], stage)
+        quantized = quantize_decoder(graphs["decoder"], source, settings, drawn, manifest, writer, progress)
+        _store_half(graphs["decoder"], weights, quantized.rotated())
+        file = writer.open_graph("decoder", graphs["decoder"])
+        quantized.calibrate(file)
+        file.finish(_stage(progress, "write decoder"))
+        manifest.components["decoder"] = describe_component("decoder", graphs["decoder"])
         manifest = _with_results(manifest, graphs, quantized, weights, drawn)
-        parity = check_parity(
-            folder, writer.folder, manifest, source.plan, settings, quantized.layers, quantized.read_weight
+        exported = Exported(
+            source.checkpoint, source.family, source.plan, settings, writer.folder, manifest, quantized.layers
         )
+        progress("compare with PyTorch", 0, 1)
+        compare = _stage(progress, "compare with PyTorch")
+        parity = check_parity(exported, quantized.read_weight, writer.work, compare)
         if parity.verdict == "FAIL":
             raise ParityError(f"the exported graphs differ from PyTorch: {parity.reason}; please report this")
         progress("finish", 0, 1)
         return writer.commit(dataclasses.replace(manifest, parity=parity.to_dict()))
+
+
+def identify(source: Source, settings: Settings, drawn: CalibrationSet | None) -> dict[str, Any]:
+    """Returns what an export can only be resumed with: checkpoint, recipe, calibration data and versions."""
+    return {
+        "checkpoint": source.checkpoint.fingerprint(),
+        "recipe": settings.resolved(),
+        "calibration": None if drawn is None else drawn.describe(),
+        "version": _versions(),
+    }
+
+
+def quantize_decoder(
+    decoder: ir.Model,
+    source: Source,
+    settings: Settings,
+    drawn: CalibrationSet | None,
+    manifest: Manifest,
+    writer: BundleWriter,
+    progress: Progress,
+) -> Quantization:
+    """Places the decoder's quantizers, in place; calibration runs the graphs that the bundle holds so far."""
+    typed = any(value.name == TOKEN_TYPES for value in decoder.graph.inputs)
+    prompts = embed(drawn, writer, manifest, progress, token_types=typed)
+    opened = {}
+    if settings.recipe.algorithm == "sink":
+        opened = embed_text(writer.folder, manifest, openings(source, settings.recipe), token_types=typed)
+    calibration = Calibration(prompts, opened, writer.work, writer.journal.section("calibration"), progress)
+    return quantize(decoder, settings, calibration, writer.journal.section("weight_error"))
 
 
 def draw_prompts(recipe: Recipe, data: Path | None) -> CalibrationSet | None:
@@ -140,12 +180,12 @@ def draw_prompts(recipe: Recipe, data: Path | None) -> CalibrationSet | None:
 
 
 def embed(
-    drawn: CalibrationSet | None, bundle: Path, manifest: Manifest, scratch: Path, progress: Progress
+    drawn: CalibrationSet | None, writer: BundleWriter, manifest: Manifest, progress: Progress, *, token_types: bool
 ) -> list[dict[str, npt.NDArray[Any]]]:
     """Embeds calibration prompts, with the image tokens that survive, by the graphs that the bundle holds so far.
 
     Returns:
-        The decoder's inputs for each prompt; the embeddings are mapped from files in `scratch`.
+        The decoder's inputs for each prompt; they are mapped from files.
 
     Raises:
         CalibrationError: A picture cannot be read, or a prompt does not fit the context.
@@ -153,11 +193,20 @@ def embed(
     prompts: list[dict[str, npt.NDArray[Any]]] = []
     if drawn is None:
         return prompts
-    for number, prompt in enumerate(embed_prompts(bundle, manifest, drawn.items)):
+    finished = writer.journal.section("prompts")
+    # They are embedded in order.
+    embedded = len(finished)
+    rest: Iterable[dict[str, npt.NDArray[Any]]] = ()
+    if embedded < len(drawn.items):
+        rest = embed_prompts(writer.folder, manifest, drawn.items[embedded:], token_types=token_types)
+    for number, prompt in enumerate(rest, embedded):
         progress("embed calibration prompts", number, len(drawn.items))
-        file = scratch / f"prompt-{number}.npy"
-        np.save(file, prompt["inputs_embeds"])
-        prompts.append(prompt | {"inputs_embeds": np.load(file, mmap_mode="r")})
+        for name, array in prompt.items():
+            np.save(writer.work / f"prompt-{number}.{name}.npy", array)
+        finished[str(number)] = list(prompt)
+    for number in range(len(drawn.items)):
+        files = {name: writer.work / f"prompt-{number}.{name}.npy" for name in finished[str(number)]}
+        prompts.append({name: np.load(file, mmap_mode="r") for name, file in files.items()})
     return prompts
 
 
@@ -180,7 +229,7 @@ def open_source(folder: Path, name: str) -> Source:
     checkpoint = Checkpoint.open(folder)
     config, family, plan = read_plan(folder, checkpoint.config)
     try:
-        tokenizer, _ = load_processors(folder)
+        tokenizer = load_processor(folder).tokenizer
     except BundleError as error:
         raise CheckpointError(f"{error}; download the checkpoint again") from error
     if tokenizer.convert_ids_to_tokens(plan.image_token_id) is None:
@@ -221,12 +270,12 @@ def trace(source: Source, progress: Callable[[int, int], None]) -> tuple[dict[st
     return graphs, weights
 
 
-def prune(graphs: Mapping[str, ir.Model], settings: Settings, source: Source) -> None:
+def prune(graphs: Mapping[str, ir.Model], settings: Settings) -> None:
     """Prunes vision tokens behind the projector, in place, and turns weights as MatMul reads them."""
     recipe = settings.recipe
     for graph in graphs.values():
         FoldWeightTransposes()(graph)
-    if settings.tokens_kept == source.plan.vision_tokens:
+    if not settings.pruned:
         KeepAllTokens(at="image_features")(graphs["vision_encoder"])
         return
     PruneVisionTokens(
@@ -238,6 +287,7 @@ def prune(graphs: Mapping[str, ir.Model], settings: Settings, source: Source) ->
         score_input=recipe.score_input,
         seed=recipe.seed,
         select=recipe.select,
+        keep_input=settings.tokens_kept is None,
     )(graphs["vision_encoder"])
 
 
@@ -250,13 +300,15 @@ def _parameters(graphs: Mapping[str, ir.Model]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _stored_dtypes(graph: ir.Model, weights: CheckpointWeights, rotated: Collection[str]) -> dict[str, ir.DataType]:
-    # What was rotated has digits that 16 bits do not hold.
-    return {
-        name: weights.stored_dtype(value.metadata_props[PARAMETER])
-        for name, value in graph.graph.initializers.items()
-        if PARAMETER in value.metadata_props and value.dtype == ir.DataType.FLOAT and name not in rotated
-    }
+def _store_half(graph: ir.Model, weights: CheckpointWeights, rotated: Collection[str] = ()) -> None:
+    """Stores what came in 16 bits in 16 bits, but for what was rotated: that has digits which 16 bits do not hold."""
+    StoreHalf(
+        {
+            name: weights.stored_dtype(value.metadata_props[PARAMETER])
+            for name, value in graph.graph.initializers.items()
+            if PARAMETER in value.metadata_props and value.dtype == ir.DataType.FLOAT and name not in rotated
+        }
+    )(graph)
 
 
 def describe(source: Source, settings: Settings) -> Manifest:
@@ -268,13 +320,7 @@ def describe(source: Source, settings: Settings) -> Manifest:
         source=source.name,
         family=source.family.model_type,
         recipe=settings.resolved(),
-        vision_tokens=VisionTokens(
-            before=plan.vision_tokens,
-            after=settings.tokens_kept,
-            image_token=str(tokenizer.convert_ids_to_tokens(plan.image_token_id)),
-            image_token_id=plan.image_token_id,
-            positions=settings.recipe.positions,
-        ),
+        vision_tokens=_vision_tokens(source, settings),
         decoder=DecoderSpec(
             num_layers=plan.num_layers,
             num_key_value_heads=plan.num_key_value_heads,
@@ -297,20 +343,22 @@ def describe(source: Source, settings: Settings) -> Manifest:
     )
 
 
-def _write(
-    writer: BundleWriter,
-    manifest: Manifest,
-    component: str,
-    graphs: Mapping[str, ir.Model],
-    weights: CheckpointWeights,
-    progress: Progress,
-    rotated: Collection[str] = (),
-) -> None:
-    """Writes one graph, weight by weight, and enters it in the manifest."""
-    graph = graphs[component]
-    StoreHalf(_stored_dtypes(graph, weights, rotated))(graph)
-    stage = _stage(progress, f"write {component}")
-    manifest.components[component] = writer.write_graph(component, graph, stage)
+def _vision_tokens(source: Source, settings: Settings) -> VisionTokens:
+    recipe, layout = settings.recipe, source.family.layout
+    newlines = "dropped" if settings.pruned else "kept"
+    return VisionTokens(
+        before=source.plan.vision_tokens,
+        after=settings.tokens_kept,
+        image_token=str(source.tokenizer.convert_ids_to_tokens(source.plan.image_token_id)),
+        image_token_id=source.plan.image_token_id,
+        positions=recipe.positions,
+        keep=recipe.keep,
+        keep_range=None if recipe.keep_range is None else list(recipe.keep_range),
+        layout=layout,
+        layout_settings=source.family.layout_settings(source.config),
+        unit=_UNITS[layout],
+        newlines=newlines if layout == "tiles" else None,
+    )
 
 
 def _with_results(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qavp_export.errors import RecipeError
 from qavp_export.numerics.score import ScoreInput
@@ -39,7 +39,13 @@ class Recipe(BaseModel):
         default=0.125,
         gt=0,
         le=1,
-        description="Fraction of vision tokens kept, in (0, 1]; k = max(1, floor(keep * N + 0.5)).",
+        description="Fraction of vision tokens kept, in (0, 1]; k = max(1, floor(keep * N + 0.5)). With a keep_range, "
+        "what is kept unless a call asks for another.",
+    )
+    keep_range: tuple[float, float] | None = Field(
+        default=None,
+        description="Lowest and highest fraction that one bundle serves, in (0, 1]: k is then an input of its vision "
+        "encoder; null fixes k.",
     )
     semantic: Scorer | None = Field(default=None, description="Semantic scorer; null takes the family's default.")
     alpha: float = Field(
@@ -126,8 +132,26 @@ class Recipe(BaseModel):
         "weights grow by at most this fraction; null raises none.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_within_range(cls, fields: Any) -> Any:
+        bounds = fields.get("keep_range") if isinstance(fields, dict) else None
+        if not isinstance(bounds, list | tuple) or "keep" in fields or not _is_range(bounds):
+            return fields
+        return fields | {"keep": min(max(cls.model_fields["keep"].default, bounds[0]), bounds[1])}
+
+    @field_validator("keep_range")
+    @classmethod
+    def _ascending(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+        if bounds is not None and not _is_range(bounds):
+            raise ValueError("give two ascending fractions in (0, 1], such as 0.05 and 0.5")
+        return bounds
+
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
+        if self.keep_range is not None and not self.keep_range[0] <= self.keep <= self.keep_range[1]:
+            low, high = self.keep_range
+            raise ValueError(f"keep {self.keep:g} is outside keep_range {low:g} to {high:g}")
         if self.format == "nvfp4" and (self.decoder != "w4a4" or self.needs_calibration):
             raise ValueError("format nvfp4 goes with decoder w4a4, no GPTQ and no size_budget")
         if self.size_budget is not None and not self.decoder.startswith("w4"):
@@ -145,6 +169,8 @@ class Recipe(BaseModel):
 def make_recipe(preset: str, overrides: Mapping[str, Any]) -> Recipe:
     """Builds a recipe from a preset and the fields that the user set.
 
+    How much is kept is one choice: a `keep` or `keep_range` that the user set replaces both of the preset.
+
     Args:
         preset: One of `PRESETS`, or the path of a YAML file like theirs.
         overrides: Recipe fields; a None value counts as not set.
@@ -154,7 +180,10 @@ def make_recipe(preset: str, overrides: Mapping[str, Any]) -> Recipe:
     """
     fields = read_preset(preset)
     fields.pop("description", None)
-    fields |= {key: value for key, value in overrides.items() if value is not None}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if given.keys() & {"keep", "keep_range"}:
+        fields = {key: value for key, value in fields.items() if key not in ("keep", "keep_range")}
+    fields |= given
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
@@ -196,6 +225,11 @@ def read_preset(preset: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise RecipeError(f"recipe {preset} is not a mapping of fields; see qavp-export --list-recipes")
     return {"name": name} | fields
+
+
+def _is_range(bounds: Sequence[Any]) -> bool:
+    numbers = len(bounds) == 2 and all(isinstance(bound, int | float) for bound in bounds)
+    return numbers and 0 < bounds[0] < bounds[1] <= 1
 
 
 def _read(path: Path) -> str:

@@ -21,13 +21,15 @@ class Settings:
         recipe: The recipe.
         semantic: The scorer, chosen.
         group_size: Channels that share a scale, in the score and in the decoder.
-        tokens_kept: Vision tokens kept per image (k).
+        tokens_kept: Vision tokens kept per unit (k); None if it varies with the image or is chosen by the call.
+        pruned: Whether tokens may be left out.
     """
 
     recipe: Recipe
     semantic: Scorer
     group_size: int
-    tokens_kept: int
+    tokens_kept: int | None
+    pruned: bool
 
     def resolved(self) -> dict[str, Any]:
         """Returns the recipe's fields with the choices filled in, as the manifest stores them."""
@@ -50,18 +52,18 @@ def settle(recipe: Recipe, family: Family, plan: Plan) -> Settings:
         if recipe.semantic is not None:
             raise RecipeError("semantic 'cls' needs a vision tower with a [CLS] token; use 'received'")
         semantic = "received"
-    return Settings(
-        recipe=recipe,
-        semantic=semantic,
-        group_size=_group_size(recipe, plan),
-        tokens_kept=tokens_to_keep(plan.vision_tokens, recipe.keep),
-    )
+    tokens_kept, pruned = None, recipe.keep < 1 or recipe.keep_range is not None
+    if plan.vision_tokens is not None and recipe.keep_range is None:
+        tokens_kept = tokens_to_keep(plan.vision_tokens, recipe.keep)
+        pruned = tokens_kept < plan.vision_tokens
+    return Settings(recipe, semantic, _group_size(recipe, plan), tokens_kept, pruned)
 
 
 def _group_size(recipe: Recipe, plan: Plan) -> int:
     rotated = recipe.rotation != "none"
     precisions = {recipe.decoder, *recipe.keep_precision.values()}
-    channels = {plan.hidden_size} if recipe.keep < 1 or recipe.lm_head != "float" or rotated else set()
+    pruned = recipe.keep < 1 or recipe.keep_range is not None
+    channels = {plan.hidden_size} if pruned or recipe.lm_head != "float" or rotated else set()
     if rotated or precisions != {"float"}:
         channels |= {plan.hidden_size, plan.intermediate_size, plan.num_attention_heads * plan.head_dim}
     if recipe.group_size is None:

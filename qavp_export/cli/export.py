@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import typer
@@ -32,6 +34,7 @@ from qavp_export.cli.options import (
     OutputOption,
     PositionsOption,
     RecipeOption,
+    ResumeOption,
     RevisionOption,
     ScoreInputOption,
     SeedOption,
@@ -46,6 +49,11 @@ from qavp_export.recipe import DEFAULT_PRESET
 _EPILOG = (
     "Example: qavp-export --model llava-1.5-7b --keep 0.125 -o llava-w4a4, then "
     "qavp-run llava-w4a4 --image photo.jpg --prompt 'What is this?'"
+)
+
+# What one selection is made from, by the family's layout.
+_UNITS: Mapping[str, str] = MappingProxyType(
+    {"grid": "a tile", "tiles": "an image, all tiles together", "native": "an image"}
 )
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -74,6 +82,7 @@ def export_command(
     seed: SeedOption = None,
     group_size: GroupSizeOption = None,
     force: ForceOption = False,
+    resume: ResumeOption = False,
     revision: RevisionOption = None,
     offline: OfflineOption = False,
     dry_run: DryRunOption = False,
@@ -98,7 +107,7 @@ def export_command(
         raise InputError("--model is missing; see qavp-export --help")
     else:
         overrides = {
-            "keep": keep,
+            **_parse_keep(keep),
             "semantic": semantic,
             "alpha": alpha,
             "score_input": score_input,
@@ -116,7 +125,7 @@ def export_command(
         if dry_run:
             _dry_run(origin, recipe, overrides, as_json)
         else:
-            _export(origin, recipe, overrides, output, calibration, force=force, as_json=as_json)
+            _export(origin, recipe, overrides, output, calibration, force=force, resume=resume, as_json=as_json)
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,21 @@ class _Origin:
         ).folder
 
 
+def _parse_keep(option: str | None) -> dict[str, Any]:
+    """Returns the recipe fields that `--keep` sets."""
+    if option is None:
+        return {}
+    try:
+        bounds = [float(bound) for bound in option.split(":")]
+    except ValueError:
+        bounds = []
+    if len(bounds) == 1:
+        return {"keep": bounds[0]}
+    if len(bounds) == 2:
+        return {"keep_range": (bounds[0], bounds[1])}
+    raise InputError(f"--keep {option[:40]!r} is neither a fraction, like 0.125, nor a range, like 0.05:0.5")
+
+
 def _parse_precisions(options: list[str] | None) -> dict[str, str] | None:
     if not options:
         return None
@@ -161,6 +185,7 @@ def _export(
     calibration: Path | None,
     *,
     force: bool,
+    resume: bool,
     as_json: bool,
 ) -> None:
     from qavp_export.bundle import check_target
@@ -169,16 +194,29 @@ def _export(
 
     recipe = make_recipe(preset, overrides)
     name = origin.name
-    target = output or Path(f"{name.split('/')[-1]}-keep{recipe.keep:g}-{recipe.name}")
+    kept = "-".join(f"{fraction:g}" for fraction in recipe.keep_range or [recipe.keep])
+    target = output or Path(f"{name.split('/')[-1]}-keep{kept}-{recipe.name}")
     check_target(target, force=force)
     folder = origin.resolve(config_only=False, progress=not as_json)
 
     from qavp_export.pipeline import export
 
-    with ProgressBars(enabled=not as_json) as bars:
-        manifest = export(
-            folder, recipe, target, name=name, force=force, progress=bars.update, calibration_data=calibration
-        )
+    try:
+        with ProgressBars(enabled=not as_json) as bars:
+            manifest = export(
+                folder,
+                recipe,
+                target,
+                name=name,
+                force=force,
+                progress=bars.update,
+                calibration_data=calibration,
+                resume=resume,
+            )
+    except KeyboardInterrupt:
+        if resume:
+            typer.echo("what is finished is kept; run the same command again to go on", err=True)
+        raise
     if as_json:
         typer.echo(json.dumps(summary(manifest, target)))
     else:
@@ -228,17 +266,27 @@ def _list_recipes(as_json: bool) -> None:
 def _list_models(as_json: bool) -> None:
     from qavp_export.families import FAMILIES
     from qavp_export.hub import SHORT_NAMES
+    from qavp_export.recipe import PRESETS
 
-    if as_json:
-        families = {
-            name: {"description": family.description, "scorers": family.scorers} for name, family in FAMILIES.items()
+    # Every recipe goes with every family: what a decoder does not allow, like folding a rotation, is done otherwise.
+    families = {
+        name: {
+            "description": family.description,
+            "scorers": family.scorers,
+            "layout": family.layout,
+            "pruning": f"k of the N tokens of {_UNITS[family.layout]}",
+            "recipes": PRESETS,
         }
+        for name, family in FAMILIES.items()
+    }
+    if as_json:
         typer.echo(json.dumps({"families": families, "short_names": dict(SHORT_NAMES)}))
         return
     console = Console()
-    table = Table("model_type", "description", "scorers", title="Families", title_justify="left", box=None)
+    columns = ("model_type", "description", "scorers", "keeps k of the N tokens of", "recipes")
+    table = Table(*columns, title="Families", title_justify="left", box=None)
     for name, family in FAMILIES.items():
-        table.add_row(name, family.description, ", ".join(family.scorers))
+        table.add_row(name, family.description, ", ".join(family.scorers), _UNITS[family.layout], "all")
     console.print(table)
     names = Table("short name", "Hub id", title="\nShort names", title_justify="left", box=None)
     for short, repo in SHORT_NAMES.items():

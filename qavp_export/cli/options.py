@@ -10,7 +10,14 @@ import typer
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Checkpoint folder, Hub id, or a name from --list-models.")
 ]
-KeepOption = Annotated[float | None, typer.Option(help="Fraction of vision tokens to keep, in (0, 1]. 1.0 keeps all.")]
+KeepOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEEP|LOW:HIGH",
+        help="Fraction of vision tokens to keep, in (0, 1]; 1.0 keeps all. LOW:HIGH leaves the choice to each call, "
+        "between the two. [default: 0.125]",
+    ),
+]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", help="Bundle folder. [default: MODEL-keepKEEP-RECIPE]")
 ]
@@ -63,6 +70,10 @@ GroupSizeOption = Annotated[
     int | None, typer.Option(help="Channels that share a scale. [default: largest of 128..16 that fits]")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
+ResumeOption = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on where an interrupted export stopped; if this one is, keep what is finished."),
+]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Use the Hub cache only, no network.")]
 DryRunOption = Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -110,8 +110,10 @@ def print_summary(manifest: Manifest, bundle: Path, title: str) -> None:
     recipe, tokens = manifest.recipe, manifest.vision_tokens
     table = _facts_table(title)
     how = f"{recipe['select']} by {recipe['semantic']}, alpha {recipe['alpha']}, {recipe['score_input']} features"
-    pruned = f"keep {recipe['keep']}, {how}" if tokens.after < tokens.before else "all kept"
-    table.add_row("vision tokens", f"{tokens.before} -> {tokens.after} per image ({pruned})")
+    all_kept = tokens.keep_range is None and (tokens.keep == 1 or (tokens.after or 0) == tokens.before)
+    pruned = "all kept" if all_kept else f"keep {recipe['keep']}, {how}"
+    budget = _budget(tokens.before, tokens.after, tokens.keep, tokens.keep_range)
+    table.add_row("vision tokens", f"{budget} ({pruned})")
     linears = ", ".join(f"{count} at {name}" for name, count in facts["decoder_linears"].items())
     table.add_row("decoder linears", f"{linears} (group size {recipe['group_size']})")
     if facts["weight_error"] is not None:
@@ -131,7 +133,8 @@ def print_summary(manifest: Manifest, bundle: Path, title: str) -> None:
 def print_estimate(plan: Estimate, model: str) -> None:
     """Prints the plan of a dry run."""
     table = _facts_table(f"plan for {model} (nothing was written, no weight was read)")
-    table.add_row("vision tokens", f"{plan.vision_tokens_before} -> {plan.vision_tokens_after} per image")
+    before, after = plan.vision_tokens_before, plan.vision_tokens_after
+    table.add_row("vision tokens", _budget(before, after, plan.keep, plan.keep_range))
     table.add_row("semantic scorer", plan.semantic)
     linears = ", ".join(f"{count} at {name}" for name, count in plan.linears.items())
     table.add_row("decoder", f"{plan.decoder_layers} layers; linear layers: {linears}")
@@ -141,6 +144,16 @@ def print_estimate(plan: Estimate, model: str) -> None:
     table.add_row("peak memory", f"about {megabytes(plan.peak_memory_bytes)}")
     table.add_row("  with parity check", f"about {megabytes(plan.peak_memory_with_parity_bytes)}")
     Console().print(table)
+
+
+def _budget(before: int | None, after: int | None, keep: float, keep_range: Sequence[float] | None) -> str:
+    """Says what becomes of N vision tokens: how many remain, or which share where that varies."""
+    if after is not None:
+        return f"{before} -> {after} per image"
+    remaining = "all of them" if keep == 1 else f"{keep:.4g} of them"
+    if keep_range is not None:
+        remaining = f"{keep_range[0]:.4g} to {keep_range[1]:.4g} of them as each call asks, {keep:.4g} unless it does"
+    return f"{'as many as the image makes' if before is None else before} -> {remaining}"
 
 
 def megabytes(count: int) -> str:

@@ -6,12 +6,34 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from qavp_export.errors import CheckpointError
-from qavp_export.families.base import Family, Plan
+from qavp_export.families.base import Family, GraphInput, Layout, Plan
+from qavp_export.families.gemma3 import Gemma3
+from qavp_export.families.idefics3 import Idefics3, SmolVLM
+from qavp_export.families.internvl import InternVL
 from qavp_export.families.llava import Llava
+from qavp_export.families.llava_next import LlavaNext
+from qavp_export.families.llava_onevision import LlavaOnevision
+from qavp_export.families.paligemma import PaliGemma
+from qavp_export.families.vipllava import VipLlava
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({family.model_type: family for family in (Llava(),)})
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        family.model_type: family
+        for family in (
+            Llava(),
+            LlavaNext(),
+            LlavaOnevision(),
+            VipLlava(),
+            InternVL(),
+            Idefics3(),
+            SmolVLM(),
+            Gemma3(),
+            PaliGemma(),
+        )
+    }
+)
 
-__all__ = ["FAMILIES", "Family", "Plan", "family_for"]
+__all__ = ["FAMILIES", "Family", "GraphInput", "Layout", "Plan", "family_for"]
 
 
 def family_for(model_type: str | None) -> Family:

@@ -11,22 +11,32 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from qavp_export.errors import CheckpointError
+from qavp_export.families.rotary import context_length, replace_dynamic_rotary
 from qavp_export.numerics.semantic import Scorer
+
+Layout: TypeAlias = Literal["grid", "tiles", "native"]
+
+# Sample sizes of the axes that all families share; all differ and none is 1, so that no two are taken for the same.
+BATCH, SEQUENCE, PAST = 2, 3, 5
 
 
 @dataclass(frozen=True)
 class Plan:
     """The sizes of a model, read from its configuration alone.
 
+    A *unit* is what the keep ratio applies to: one selection of k of its N tokens; see `Family.layout`.
+
     Attributes:
-        image_size: Height and width of the vision tower's input, pixels.
-        vision_tokens: Tokens per image after the projector (N).
+        image_size: Height and width of the vision tower's input, pixels; None if they vary with the image.
+        vision_tokens: Tokens per unit after the projector (N); None if they vary with the image.
         image_token_id: The placeholder's token id.
         hidden_size: Channels of the decoder's residual stream and of the projected tokens (D).
         intermediate_size: Channels of the decoder's MLP.
@@ -37,10 +47,12 @@ class Plan:
         vocab_size: Rows of the embedding table.
         context_length: Longest sequence that the decoder was built for.
         has_cls_token: Whether the vision tower has a [CLS] token.
+        tower_patches: Patches of one image in the vision tower, [CLS] not counted, where they are not the tokens
+            (pooled, merged, packed from tiles); None where they are, or where their number varies.
     """
 
-    image_size: tuple[int, int]
-    vision_tokens: int
+    image_size: tuple[int, int] | None
+    vision_tokens: int | None
     image_token_id: int
     hidden_size: int
     intermediate_size: int
@@ -51,6 +63,25 @@ class Plan:
     vocab_size: int
     context_length: int
     has_cls_token: bool
+    tower_patches: int | None = None
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One input of a component's graph.
+
+    Attributes:
+        name: Its name.
+        dtype: Its type.
+        shape: Its sizes; a string is a dynamic axis, and axes of one name have one size.
+        sample: Sizes to trace with, `shape` where that is a number. No two dynamic axes of different names may have
+            the same, and none may be 0 or 1: the tracer would take them for one axis, or for a constant.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+    sample: tuple[int, ...]
 
 
 class Family(ABC):
@@ -59,6 +90,10 @@ class Family(ABC):
     Attributes:
         model_type: The `model_type` in config.json.
         description: One line for `--list-models`.
+        layout: How images become units, and with it the vision encoder's inputs.
+            `grid`: every tile is a unit of N tokens, any number of tiles per call.
+            `tiles`: the tiles of one image are a unit, packed into one sequence, one image per call.
+            `native`: an image in its own resolution is a unit, one image per call.
         scorers: Semantic scorers that work for the family, the default first.
         renames: Regular expressions, applied in order, that turn a checkpoint's tensor name into the parameter's name;
             every spelling that published checkpoints use.
@@ -66,6 +101,7 @@ class Family(ABC):
 
     model_type: ClassVar[str]
     description: ClassVar[str]
+    layout: ClassVar[Layout] = "grid"
     scorers: ClassVar[tuple[Scorer, ...]]
     renames: ClassVar[tuple[tuple[str, str], ...]]
 
@@ -80,9 +116,73 @@ class Family(ABC):
             CheckpointError: The configuration is contradictory or asks for what is not supported.
         """
 
+    def vision_inputs(self, plan: Plan) -> tuple[GraphInput, ...]:
+        """Returns the vision encoder's inputs: `pixel_values [batch,3,H,W]` f32 unless a family says otherwise.
+
+        `keep_tokens` and `patch_relevance` are not among them: passes add the one and consume the other.
+        """
+        if plan.image_size is None:
+            raise NotImplementedError(f"{self.model_type}: a family without an image size declares its vision inputs")
+        height, width = plan.image_size
+        return (GraphInput("pixel_values", torch.float32, ("batch", 3, height, width), (BATCH, 3, height, width)),)
+
+    def relevance_input(self, plan: Plan) -> GraphInput | None:
+        """Returns what `patch_relevance` looks like, `[T,P]` f32; None where tokens are the tower's patches.
+
+        Where they are not, the vision module takes it as its last argument and puts it through the same spatial
+        operations as the features, on one channel (the mean of merged patches; 0 for a learned token); see
+        `vision_encoder`. The pass `InsertHybridScore` replaces it by what the scorer computes from the attention of the
+        tower's T images of P patches. By default it is there if the plan states `tower_patches`.
+        """
+        if plan.tower_patches is None:
+            return None
+        pixels = self.vision_inputs(plan)[0]
+        shape, sample = (pixels.shape[0], plan.tower_patches), (pixels.sample[0], plan.tower_patches)
+        return GraphInput("patch_relevance", torch.float32, shape, sample)
+
+    def decoder_inputs(self, plan: Plan) -> tuple[GraphInput, ...]:
+        """Returns what the decoder takes beyond the contract, between position_ids and past_key_values.
+
+        Axes are `batch`, `sequence`, `past` or `total`, of sample sizes `BATCH`, `SEQUENCE`, `PAST` and the sum of the
+        last two.
+        """
+        del plan
+        return ()
+
+    def layout_settings(self, config: Any) -> dict[str, Any]:
+        """Returns what the runtime's layout needs to know of the configuration, as JSON values."""
+        del config
+        return {}
+
+    def random_images(
+        self, config: Any, plan: Plan, rng: np.random.Generator, *, pruned: bool
+    ) -> list[dict[str, npt.NDArray[Any]]]:
+        """Draws two small images for the comparison with PyTorch, of the same number of tokens N.
+
+        Args:
+            config: The Hugging Face configuration.
+            plan: The model's sizes.
+            rng: Where they come from.
+            pruned: Whether the graph prunes.
+
+        Returns:
+            The vision module's arguments by name and in order, call by call; `patch_relevance`, where it takes one, is
+            zeros.
+        """
+        del config, pruned
+        given, relevance = self.vision_inputs(plan), self.relevance_input(plan)
+        if len(given) != 1 or given[0].sample[0] != BATCH:
+            raise NotImplementedError(f"{self.model_type}: a family with its own vision inputs draws its own images")
+        images: dict[str, npt.NDArray[Any]] = {given[0].name: rng.standard_normal(given[0].sample).astype(np.float32)}
+        return [images if relevance is None else images | {relevance.name: np.zeros(relevance.sample, np.float32)}]
+
     @abstractmethod
     def vision_encoder(self, model: Any) -> nn.Module:
-        """Returns a module: `pixel_values [B,3,H,W]` f32 -> `image_features [B,N,D]`."""
+        """Returns a module: `vision_inputs` -> `image_features`, `[batch,N,D]` for layout `grid` and `[1,N,D]` else.
+
+        With a `relevance_input`, which is its last argument, it returns the pair of features and `token_relevance
+        [batch,N]`, or `[1,N]`.
+        """
 
     @abstractmethod
     def embedding(self, model: Any) -> nn.Module:
@@ -90,7 +190,10 @@ class Family(ABC):
 
     @abstractmethod
     def decoder(self, model: Any) -> nn.Module:
-        """Returns a module: embeddings, mask, positions and past key/values -> logits and present key/values."""
+        """Returns a module: embeddings, mask, positions, past key/values -> logits and present key/values.
+
+        `decoder_inputs`, if there are any, are its arguments between positions and past.
+        """
 
     def parameter_names(self, checkpoint_names: Iterable[str]) -> dict[str, str]:
         """Maps parameter names to the names of the checkpoint's tensors.
@@ -146,6 +249,7 @@ class CachedDecoder(nn.Module):
     def __init__(self, model: nn.Module, lm_head: nn.Module) -> None:
         """Wraps a text model that returns `last_hidden_state`, and its output projection."""
         super().__init__()
+        replace_dynamic_rotary(model)
         self.model = model
         self.lm_head = lm_head
 
@@ -167,6 +271,16 @@ class CachedDecoder(nn.Module):
         Returns:
             Logits `[B,S,V]`, and per layer the key and value `[B,KV,P+S,head_dim]`.
         """
+        return self.run(inputs_embeds, attention_mask, position_ids, past_key_values)
+
+    def run(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | Mapping[str, Tensor],
+        position_ids: Tensor,
+        past_key_values: Sequence[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """As `forward`; the mask may also be one `[B,1,S,P+S]` that says it all, or one for each kind of layer."""
         from transformers.cache_utils import DynamicCache
 
         cache = DynamicCache()
@@ -195,5 +309,5 @@ def decoder_sizes(text_config: Any) -> Mapping[str, int]:
         "num_key_value_heads": int(getattr(text_config, "num_key_value_heads", None) or heads),
         "head_dim": int(getattr(text_config, "head_dim", None) or hidden // heads),
         "vocab_size": int(text_config.vocab_size),
-        "context_length": int(text_config.max_position_embeddings),
+        "context_length": context_length(text_config),
     }

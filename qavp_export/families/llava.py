@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from qavp_export.families.base import CachedDecoder, Family, MergeEmbedding, Plan, decoder_sizes
+from qavp_export.numerics.semantic import Scorer
 
 
 class LlavaVision(nn.Module):
@@ -42,8 +43,8 @@ class Llava(Family):
 
     model_type = "llava"
     description = "LLaVA-1.5 (CLIP tower, MLP projector, Llama / Mistral / Qwen2 decoder)"
-    scorers = ("cls", "received", "norm", "random")
-    renames = (
+    scorers: ClassVar[tuple[Scorer, ...]] = ("cls", "received", "norm", "random")
+    renames: ClassVar[tuple[tuple[str, str], ...]] = (
         (r"^language_model\.lm_head\.", "lm_head."),
         (r"^language_model\.model\.", "model.language_model."),
         (r"^model\.language_model\.model\.", "model.language_model."),
@@ -70,10 +71,7 @@ class Llava(Family):
 
     def vision_encoder(self, model: Any) -> nn.Module:
         """Returns tower and projector; see `Family.vision_encoder`."""
-        config = model.config
-        layer = config.vision_feature_layer
-        layers = [layer] if isinstance(layer, int) else list(layer)
-        return LlavaVision(model.model, layers, config.vision_feature_select_strategy == "default")
+        return LlavaVision(model.model, *selection(model.config))
 
     def embedding(self, model: Any) -> nn.Module:
         """Returns the merging embedding; see `Family.embedding`."""
@@ -82,3 +80,9 @@ class Llava(Family):
     def decoder(self, model: Any) -> nn.Module:
         """Returns the language model with its cache unpacked; see `Family.decoder`."""
         return CachedDecoder(model.model.language_model, model.lm_head)
+
+
+def selection(config: Any) -> tuple[list[int], bool]:
+    """Returns which hidden states feed the projector, and whether their first token is dropped."""
+    layer = config.vision_feature_layer
+    return [layer] if isinstance(layer, int) else list(layer), config.vision_feature_select_strategy == "default"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from qavp_export.families import Family, Plan
+from qavp_export.families.base import BATCH, PAST, SEQUENCE, Family, GraphInput, Plan
+from qavp_export.passes.relevance import TOKEN_RELEVANCE
 from qavp_export.tracing.naming import PARAMETER, ReadableNames
 
 # Opset 24 makes the exporter decompose RMSNorm and RoPE.
 OPSET = 23
-# Sample sizes; all differ and none is 1, so that no two axes are taken for the same one.
-_BATCH, _SEQUENCE, _PAST = 2, 3, 5
 
 # A parameter's name in the Hugging Face model and its shape -> its tensor.
 WeightSource = Callable[[str, tuple[int, ...]], ir.TensorProtocol]
@@ -60,14 +59,16 @@ def trace_components(
 
     Returns:
         The graphs by component name, opset 23. Parameters are initializers that carry the parameter's name in
-        `metadata_props[PARAMETER]`. The vision grid is static; batch, sequence and past are dynamic.
+        `metadata_props[PARAMETER]`. Batch, sequence and past are dynamic; what of the images is, the family says.
+        Where tokens are not the tower's patches, the vision encoder has the input `patch_relevance` and the output
+        `token_relevance`, which the pruning passes consume (`Family.relevance_input`).
     """
     modules = {id(module): name for name, module in model.named_modules()}
     with mode:
         requests = {
-            "vision_encoder": _vision_request(family.vision_encoder(model), plan),
+            "vision_encoder": _vision_request(family, family.vision_encoder(model), plan),
             "embedding": _embedding_request(family.embedding(model), plan),
-            "decoder": _decoder_request(family.decoder(model), plan),
+            "decoder": _decoder_request(family.decoder(model), plan, family.decoder_inputs(plan)),
         }
     graphs = {}
     for number, (component, request) in enumerate(requests.items()):
@@ -76,23 +77,37 @@ def trace_components(
     return graphs
 
 
-def _vision_request(module: nn.Module, plan: Plan) -> _Request:
-    height, width = plan.image_size
+def _vision_request(family: Family, module: nn.Module, plan: Plan) -> _Request:
+    relevance = family.relevance_input(plan)
+    given = (*family.vision_inputs(plan), *([] if relevance is None else [relevance]))
+    images: int | str = "batch" if family.layout == "grid" else 1
+    tokens: int | str = "tokens" if plan.vision_tokens is None else plan.vision_tokens
+    outputs: dict[str, tuple[int | str, ...]] = {"image_features": (images, tokens, plan.hidden_size)}
+    if relevance is not None:
+        outputs[TOKEN_RELEVANCE] = (images, tokens)
     return _Request(
         module=module,
-        args=(torch.zeros(_BATCH, 3, height, width),),
-        dynamic_shapes=({0: "batch"},),
-        inputs={"pixel_values": ("batch", 3, height, width)},
-        outputs={"image_features": ("batch", plan.vision_tokens, plan.hidden_size)},
+        args=_samples(given),
+        dynamic_shapes=_dynamic_axes(given),
+        inputs={value.name: value.shape for value in given},
+        outputs=outputs,
     )
+
+
+def _samples(inputs: Sequence[GraphInput]) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.zeros(value.sample, dtype=value.dtype) for value in inputs)
+
+
+def _dynamic_axes(inputs: Sequence[GraphInput]) -> tuple[dict[int, str], ...]:
+    return tuple({axis: size for axis, size in enumerate(value.shape) if isinstance(size, str)} for value in inputs)
 
 
 def _embedding_request(module: nn.Module, plan: Plan) -> _Request:
     return _Request(
         module=module,
         args=(
-            torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64),
-            torch.zeros(_BATCH + 2, _SEQUENCE + 4, plan.hidden_size),
+            torch.zeros(BATCH, SEQUENCE, dtype=torch.int64),
+            torch.zeros(BATCH + 2, SEQUENCE + 4, plan.hidden_size),
         ),
         dynamic_shapes=({0: "batch", 1: "sequence"}, {0: "images", 1: "tokens_per_image"}),
         inputs={
@@ -103,13 +118,14 @@ def _embedding_request(module: nn.Module, plan: Plan) -> _Request:
     )
 
 
-def _decoder_request(module: nn.Module, plan: Plan) -> _Request:
-    past_shape = (_BATCH, plan.num_key_value_heads, _PAST, plan.head_dim)
+def _decoder_request(module: nn.Module, plan: Plan, more: Sequence[GraphInput]) -> _Request:
+    past_shape = (BATCH, plan.num_key_value_heads, PAST, plan.head_dim)
     past = [(torch.zeros(past_shape), torch.zeros(past_shape)) for _ in range(plan.num_layers)]
     inputs: dict[str, tuple[int | str, ...]] = {
         "inputs_embeds": ("batch", "sequence", plan.hidden_size),
         "attention_mask": ("batch", "total"),
         "position_ids": ("batch", "sequence"),
+        **{value.name: value.shape for value in more},
     }
     outputs: dict[str, tuple[int | str, ...]] = {"logits": ("batch", "sequence", plan.vocab_size)}
     for layer in range(plan.num_layers):
@@ -122,15 +138,17 @@ def _decoder_request(module: nn.Module, plan: Plan) -> _Request:
     return _Request(
         module=module,
         args=(
-            torch.zeros(_BATCH, _SEQUENCE, plan.hidden_size),
-            torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.int64),
-            torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64),
+            torch.zeros(BATCH, SEQUENCE, plan.hidden_size),
+            torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.int64),
+            torch.zeros(BATCH, SEQUENCE, dtype=torch.int64),
+            *_samples(more),
             past,
         ),
         dynamic_shapes=(
             token_axes,
             {0: "batch", 1: "total"},
             token_axes,
+            *_dynamic_axes(more),
             [(past_axes, past_axes) for _ in range(plan.num_layers)],
         ),
         inputs=inputs,

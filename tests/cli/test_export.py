@@ -89,8 +89,8 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "wrong dtype": (lambda folder: _edit_tensor(folder, Q_PROJ, lambda array: array.astype(np.int32)), [], Q_PROJ),
     "NaN": (lambda folder: _edit_tensor(folder, Q_PROJ, _poison(np.nan)), [], Q_PROJ),
     "infinity": (lambda folder: _edit_tensor(folder, Q_PROJ, _poison(-np.inf)), [], Q_PROJ),
-    "unknown family": (lambda folder: _edit_config(folder, model_type="blip-9"), [], "supported: llava"),
-    "no model type": (lambda folder: _edit_config(folder, model_type=None), [], "supported: llava"),
+    "unknown family": (lambda folder: _edit_config(folder, model_type="blip-9"), [], "supported: gemma3, idefics3"),
+    "no model type": (lambda folder: _edit_config(folder, model_type=None), [], "supported: gemma3, idefics3"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), [], "config.json"),
     "nonsense in config": (lambda folder: _edit_config(folder, text_config__hidden_size="big"), [], "config.json"),
     "unknown feature selection": (
@@ -107,6 +107,9 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "no usable group size": (lambda folder: _edit_config(folder, text_config__intermediate_size=100), [], "group size"),
     "keep of zero": (lambda _: None, ["--keep", "0"], "keep = 0.0"),
     "keep above one": (lambda _: None, ["--keep", "1.5"], "keep = 1.5"),
+    "keep that is no number": (lambda _: None, ["--keep", "most"], "--keep 'most' is neither a fraction, like 0.125"),
+    "keep of three numbers": (lambda _: None, ["--keep", "0.1:0.2:0.3"], "nor a range, like 0.05:0.5"),
+    "keep range that descends": (lambda _: None, ["--keep", "0.5:0.05"], "keep_range = (0.5, 0.05) is not valid"),
     "unknown scorer": (lambda _: None, ["--semantic", "vibes"], "semantic = 'vibes'"),
     "unknown recipe": (lambda _: None, ["--recipe", "magic"], "choose one of rtn, rotate"),
     "recipe file that is not there": (
@@ -207,7 +210,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, tiny_llava: Path, num
     with subprocess.Popen([sys.executable, "-c", command, *argv], stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         # The temporary folder appears when the work has begun.
-        while not list(tmp_path.glob(".bundle.*.partial")) and process.poll() is None:
+        while not list(tmp_path.glob(".bundle.partial")) and process.poll() is None:
             if time.monotonic() > deadline:
                 raise TimeoutError("the export did not begin")
         process.send_signal(number)
@@ -255,6 +258,16 @@ def test_dry_run_prints_the_plan_from_config_alone(tmp_path: Path, capfd: pytest
     # The file is the tensors and a header.
     assert 0 < stored - plan["checkpoint_bytes"] < 20_000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_dry_run_of_a_range_says_what_a_call_may_choose(tiny_llava: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run("--model", str(tiny_llava), "--dry-run", "--keep", "0.05:0.5") == 0
+    out = " ".join(capfd.readouterr().out.split())
+    assert "25 -> 0.05 to 0.5 of them as each call asks, 0.125 unless it does" in out
+    assert _run("--model", str(tiny_llava), "--dry-run", "--json", "--keep", "0.2:0.5") == 0
+    plan = json.loads(capfd.readouterr().out)
+    assert (plan["vision_tokens_before"], plan["vision_tokens_after"]) == (25, None)
+    assert (plan["keep"], plan["keep_range"]) == (0.2, [0.2, 0.5])
 
 
 def test_dry_run_predicts_the_size_of_the_bundle(

@@ -136,7 +136,8 @@ def test_help_has_an_example(capsys):
         (["{bundle}", "--prompt", "w1", "--image", "none.png"], "none.png does not exist"),
         (["{bundle}", "--prompt", "w1", "--image", "{bundle}/qavp.json"], "cannot be read"),
         (["{bundle}", "--prompt", "w1 " * 30], "has 33 tokens"),
-        (["{bundle}", "--prompt", "<image>", "--raw"], "has 2 image placeholders"),
+        (["{bundle}", "--prompt", "<image>", "--raw"], "has 1 image placeholders"),
+        (["{bundle}", "--prompt", "w1", "--keep", "0.25"], "keeps 0.5 of the vision tokens and no other share"),
         (["{bundle}/decoder", "--prompt", "w1"], "not a bundle"),
     ],
 )

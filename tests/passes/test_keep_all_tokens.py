@@ -13,6 +13,7 @@ import pytest
 
 from qavp_export.errors import GraphError
 from qavp_export.passes import KeepAllTokens
+from tests.passes.graphs import run
 
 
 def _model(shape: str) -> ir.Model:
@@ -32,9 +33,14 @@ def test_indices_count_the_tokens_of_every_image(tmp_path: Path) -> None:
     np.testing.assert_array_equal(kept, [[0, 1, 2, 3, 4]] * 3)
 
 
-def test_a_grid_that_is_not_static_is_refused() -> None:
-    with pytest.raises(GraphError, match="static"):
-        KeepAllTokens()(_model("B,N,4"))
+@pytest.mark.parametrize("axis", ["N", "?"])
+def test_indices_count_as_many_tokens_as_there_are(axis: str) -> None:
+    model = _model(f"B,{axis},4")
+    KeepAllTokens()(model)
+    for count in (5, 3):
+        features, kept = run(model, {"x": np.ones((2, count, 4), np.float32)})
+        assert features.shape == (2, count, 4)
+        np.testing.assert_array_equal(kept, [range(count)] * 2)
 
 
 def test_running_twice_is_refused() -> None:

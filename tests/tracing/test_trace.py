@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import AutoConfig
 
-from qavp_export.families import FAMILIES
+from qavp_export.families import FAMILIES, GraphInput, Plan
+from qavp_export.families.base import BATCH, SEQUENCE
+from qavp_export.families.llava import Llava
 from qavp_export.tracing import PARAMETER, build_skeleton, trace_components
 from tests.models.tiny import TinySpec, make_llava
 
@@ -101,6 +105,63 @@ def test_module_registration_is_restored(tiny_llava: Path) -> None:
     build_skeleton(AutoConfig.from_pretrained(tiny_llava))
     layer = torch.nn.Linear(2, 2)
     assert not isinstance(layer.weight, torch._subclasses.FakeTensor)
+
+
+def test_declared_inputs_reach_the_module_in_their_place(tiny_llava: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_llava)
+    skeleton, mode = build_skeleton(config)
+    family = _WithMoreInputs()
+    plan = dataclasses.replace(family.plan(config), tower_patches=25)
+    graphs = trace_components(family, plan, skeleton, mode, _unreadable, lambda *_: None)
+    vision, decoder = graphs["vision_encoder"].graph, graphs["decoder"].graph
+    assert [(value.name, str(value.shape)) for value in (*vision.inputs, *vision.outputs)] == [
+        ("pixel_values", "[batch,3,40,40]"),
+        ("patch_relevance", "[batch,25]"),
+        ("image_features", "[batch,25,96]"),
+        ("token_relevance", "[batch,25]"),
+    ]
+    assert [value.name for value in decoder.inputs][:5] == [
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        "token_type_ids",
+        "past_key_values.0.key",
+    ]
+    assert str(decoder.inputs[3].shape) == "[batch,sequence]"
+    assert decoder.inputs[3].uses()
+
+
+class _WithMoreInputs(Llava):
+    """LLaVA whose logits shift by the token's type, and whose tokens count the patches' relevance twice."""
+
+    def decoder_inputs(self, plan: Plan) -> tuple[GraphInput, ...]:
+        del plan
+        return (GraphInput("token_type_ids", torch.int64, ("batch", "sequence"), (BATCH, SEQUENCE)),)
+
+    def vision_encoder(self, model: Any) -> nn.Module:
+        return _Doubled(super().vision_encoder(model))
+
+    def decoder(self, model: Any) -> nn.Module:
+        return _Shifted(super().decoder(model))
+
+
+class _Doubled(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pixel_values: Tensor, patch_relevance: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(pixel_values), patch_relevance * 2
+
+
+class _Shifted(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, embeds: Tensor, mask: Tensor, positions: Tensor, types: Tensor, past: Any) -> Any:
+        logits, present = self.inner(embeds, mask, positions, past)
+        return logits + types.unsqueeze(-1), present
 
 
 def test_shapes_are_static_where_engines_need_them(graphs: Graphs) -> None:
