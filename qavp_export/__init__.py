@@ -1,6 +1,7 @@
 """Export LLaVA-family models to pruned, integer W4A4 ONNX bundles, and run them.
 
 `QavpModel` is all that production needs; it is imported on first use, and imports neither torch nor the exporter.
+`QavpForImageTextToText`, which needs torch, is a bundle as transformers users expect a model.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qavp_export.huggingface.modeling import QavpForImageTextToText
     from qavp_export.runtime import QavpModel
 
-__all__ = ["QavpModel", "__version__"]
+__all__ = ["QavpForImageTextToText", "QavpModel", "__version__"]
 
 __version__ = "0.1.0"
 
@@ -20,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from qavp_export.runtime import QavpModel
 
         return QavpModel
+    if name == "QavpForImageTextToText":
+        from qavp_export.huggingface.modeling import QavpForImageTextToText
+
+        return QavpForImageTextToText
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -181,6 +181,13 @@ def test_contradictions_are_refused(preset: str, overrides: dict[str, Any], mess
         ({"scales": "three-level"}, "scales = 'three-level'"),
         ({"rotation": "givens"}, "rotation = 'givens'"),
         ({"keeep": 0.5}, "keeep = 0.5 is not valid: extra inputs"),
+        ({"keep_range": (0.5, 0.2)}, "keep_range = (0.5, 0.2) is not valid: give two ascending fractions in (0, 1]"),
+        ({"keep_range": (0.3, 0.3)}, "keep_range = (0.3, 0.3) is not valid: give two ascending fractions"),
+        ({"keep_range": (0.0, 0.5)}, "keep_range = (0.0, 0.5) is not valid: give two ascending fractions"),
+        ({"keep_range": (0.5, 1.5)}, "keep_range = (0.5, 1.5) is not valid: give two ascending fractions"),
+        ({"keep_range": (0.5, float("nan"))}, "keep_range = (0.5, nan) is not valid: give two ascending fractions"),
+        ({"keep_range": "wide"}, "keep_range = 'wide' is not valid"),
+        ({"keep_range": (0.2, 0.5), "keep": 0.1}, "keep 0.1 is outside keep_range 0.2 to 0.5"),
     ],
 )
 def test_wrong_values_name_the_field(overrides: dict[str, Any], message: str) -> None:
@@ -188,6 +195,39 @@ def test_wrong_values_name_the_field(overrides: dict[str, Any], message: str) ->
         make_recipe("rtn", overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keep"),
+    [({"keep_range": (0.05, 0.5)}, 0.125), ({"keep_range": [0.2, 0.5]}, 0.2), ({"keep_range": (0.01, 0.1)}, 0.1)],
+)
+def test_a_range_leaves_k_open_and_the_default_lies_within(overrides: dict[str, Any], keep: float) -> None:
+    recipe = make_recipe("rtn", overrides)
+    assert recipe.keep == keep
+    settings = settle(recipe, LLAVA, _plan())
+    assert (settings.tokens_kept, settings.pruned) == (None, True)
+
+
+def test_k_is_open_where_the_number_of_tokens_varies() -> None:
+    open_plan = _plan(vision_tokens=None)
+    settings = settle(make_recipe("rtn", {"keep": 0.3}), LLAVA, open_plan)
+    assert (settings.tokens_kept, settings.pruned) == (None, True)
+    settings = settle(make_recipe("rtn", {"keep": 1.0}), LLAVA, open_plan)
+    assert (settings.tokens_kept, settings.pruned) == (None, False)
+
+
+@pytest.mark.parametrize(("keep", "pruned"), [(1.0, False), (0.9999, False), (0.99, True)])
+def test_keeping_every_token_is_no_pruning(keep: float, pruned: bool) -> None:
+    # 0.9999 of 576 tokens is 575.9, which rounds to all of them.
+    assert settle(make_recipe("rtn", {"keep": keep}), LLAVA, _plan()).pruned == pruned
+
+
+def test_how_much_is_kept_is_one_choice(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("keep_range: [0.1, 0.4]\nkeep: 0.3\n", encoding="utf-8")
+    assert (make_recipe(str(path), {}).keep, make_recipe(str(path), {}).keep_range) == (0.3, (0.1, 0.4))
+    assert make_recipe(str(path), {"keep": 0.5}).keep_range is None
+    assert make_recipe(str(path), {"keep_range": (0.05, 0.2)}).keep == 0.125
 
 
 def test_unknown_preset_names_the_known() -> None:
