@@ -34,7 +34,8 @@ class BundleWriter:
     """Builds a bundle in a folder `.<name>.partial` beside the target and renames it when it is complete.
 
     Used as a context manager: whatever ends the block before `commit`, an error or Ctrl-C, leaves the target as it was
-    and removes the folder. With `resume`, an interrupt or a full disk leave the folder for the next run.
+    and removes the folder. With `resume` the folder is left for the next run, unless that would fail like this one: on
+    bad input or a failed check.
 
     Args:
         target: The bundle's folder.
@@ -123,8 +124,7 @@ class BundleWriter:
         self.journal["identity"] = self._identity
 
     def _leave(self, error: BaseException | None) -> None:
-        full = isinstance(error, OSError) and _is_disk_full(error)
-        if self._resume and (isinstance(error, KeyboardInterrupt) or full):
+        if self._resume and error is not None and not isinstance(error, QavpError):
             self._lock.release()
         else:
             self._remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from qavp_export.families import Family, Plan
+from qavp_export.parity.check import FIRST_LAYERS, WHOLE_BYTES
 from qavp_export.passes import SCHEMES
 from qavp_export.quantization import precision_of
 from qavp_export.recipe import Precision
@@ -19,8 +21,7 @@ from qavp_export.tracing import build_skeleton
 _BASE_BYTES = 960_000_000
 # Of the largest weight, while it is rotated and quantized (10.1 measured at LLaVA-1.5-7B's widths, rounded up).
 _BYTES_PER_ELEMENT_IN_FLIGHT = 11
-# The comparison with PyTorch holds the model in float32 beside its mapped file.
-_REFERENCE_FACTOR = 3
+_LAYER = re.compile(r"layers\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,7 @@ class Estimate:
         parameters: Parameters of the model.
         checkpoint_bytes: Size of the checkpoint's tensors.
         bundle_bytes: Size of the bundle's graphs and weights.
-        peak_memory_bytes: Peak memory of the export without the comparison.
-        peak_memory_with_parity_bytes: The same with the comparison with PyTorch, which is left out where it
-            does not fit.
+        peak_memory_bytes: Peak memory of the export.
     """
 
     vision_tokens_before: int | None
@@ -56,7 +55,6 @@ class Estimate:
     checkpoint_bytes: int
     bundle_bytes: int
     peak_memory_bytes: int
-    peak_memory_with_parity_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON values."""
@@ -90,7 +88,12 @@ def estimate(config: Any, family: Family, plan: Plan, settings: Settings) -> Est
         for parameter in module.parameters(recurse=False)
     )
     sizes = [parameter.numel() for parameter in skeleton.parameters()]
-    peak = _BASE_BYTES + _BYTES_PER_ELEMENT_IN_FLIGHT * max(sizes)
+    stored_bytes = sum(sizes) * stored
+    in_layers = sum(p.numel() for name, p in decoder.named_parameters() if _LAYER.search(name)) * stored
+    compared = stored_bytes
+    if stored_bytes > WHOLE_BYTES:
+        compared -= in_layers * max(plan.num_layers - FIRST_LAYERS, 0) // plan.num_layers
+    peak = _BASE_BYTES + max(_BYTES_PER_ELEMENT_IN_FLIGHT * max(sizes), compared)
     return Estimate(
         vision_tokens_before=plan.vision_tokens,
         vision_tokens_after=settings.tokens_kept,
@@ -101,10 +104,9 @@ def estimate(config: Any, family: Family, plan: Plan, settings: Settings) -> Est
         decoder_layers=plan.num_layers,
         linears=dict(precisions),
         parameters=sum(sizes),
-        checkpoint_bytes=sum(sizes) * stored,
+        checkpoint_bytes=stored_bytes,
         bundle_bytes=quantized + rest,
         peak_memory_bytes=peak,
-        peak_memory_with_parity_bytes=max(peak, _BASE_BYTES + _REFERENCE_FACTOR * sum(sizes) * stored),
     )
 
 

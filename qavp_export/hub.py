@@ -36,9 +36,25 @@ SHORT_NAMES: Mapping[str, str] = MappingProxyType(
         "llava-interleave-qwen-0.5b": "llava-hf/llava-interleave-qwen-0.5b-hf",
         "llava-interleave-qwen-7b": "llava-hf/llava-interleave-qwen-7b-hf",
         "llava-interleave-qwen-7b-dpo": "llava-hf/llava-interleave-qwen-7b-dpo-hf",
+        "llava-v1.6-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+        "llava-v1.6-vicuna-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
+        "llava-v1.6-mistral-7b": "llava-hf/llava-v1.6-mistral-7b-hf",
+        "llava-onevision-qwen2-0.5b": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+        "llava-onevision-qwen2-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        "vip-llava-7b": "llava-hf/vip-llava-7b-hf",
+        "vip-llava-13b": "llava-hf/vip-llava-13b-hf",
+        "smolvlm-256m": "HuggingFaceTB/SmolVLM-256M-Instruct",
+        "smolvlm-2.2b": "HuggingFaceTB/SmolVLM-Instruct",
+        "smolvlm2-2.2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+        "internvl3-1b": "OpenGVLab/InternVL3-1B-hf",
+        "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
+        "gemma-3-4b": "google/gemma-3-4b-it",
+        "gemma-3-12b": "google/gemma-3-12b-it",
+        "paligemma2-3b": "google/paligemma2-3b-mix-224",
+        "mistral-small-3.1-24b": "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
     }
 )
-"""Short names and their Hub ids: the llava-hf models whose config.json says `model_type: llava`."""
+"""Short names and their Hub ids: well-known models of the supported families."""
 
 _ALLOW = ("*.safetensors", "*.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja", "*.model")
 _IGNORE = ("*.bin*", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py", "consolidated*", "*/*")

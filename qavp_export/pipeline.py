@@ -22,7 +22,7 @@ from qavp_export.calibration import CalibrationSet, demo_calibration, read_calib
 from qavp_export.calibration.prompts import embed_prompts, embed_text
 from qavp_export.checkpoint import Checkpoint
 from qavp_export.errors import BundleError, CheckpointError, ParityError, RecipeError
-from qavp_export.families import Family, Layout, Plan, family_for
+from qavp_export.families import Family, Layout, Plan, family_of
 from qavp_export.manifest import DecoderSpec, Manifest, VisionTokens
 from qavp_export.parity import Exported, check_parity
 from qavp_export.parity.tapped import TOKEN_TYPES
@@ -246,7 +246,7 @@ def read_plan(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Family, Pla
     Raises:
         CheckpointError: The model type is not supported, or the configuration is not valid.
     """
-    family = family_for(config.get("model_type"))
+    family = family_of(config)
     try:
         parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return parsed, family, family.plan(parsed)
@@ -355,10 +355,20 @@ def _vision_tokens(source: Source, settings: Settings) -> VisionTokens:
         keep=recipe.keep,
         keep_range=None if recipe.keep_range is None else list(recipe.keep_range),
         layout=layout,
-        layout_settings=source.family.layout_settings(source.config),
+        layout_settings=_layout_settings(source),
         unit=_UNITS[layout],
         newlines=newlines if layout == "tiles" else None,
     )
+
+
+def _layout_settings(source: Source) -> dict[str, Any]:
+    settings, row_break = source.family.layout_settings(source.config), source.family.row_break_token
+    if row_break is None:
+        return settings
+    token = source.tokenizer.convert_tokens_to_ids(row_break)
+    # For what it does not have, a tokenizer gives the id of unknown words.
+    known = token is not None and source.tokenizer.convert_ids_to_tokens(token) == row_break
+    return settings | {"row_break_token_id": token} if known else settings
 
 
 def _with_results(

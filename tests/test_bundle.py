@@ -69,6 +69,22 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, error: BaseExcepti
 
 
 @pytest.mark.parametrize(
+    ("error", "kept"), [(KeyboardInterrupt(), True), (MemoryError(), True), (InputError("not a picture"), False)]
+)
+def test_what_can_be_resumed_is_kept_if_asked_for(tmp_path: Path, error: BaseException, kept: bool) -> None:
+    def fail() -> None:
+        with BundleWriter(tmp_path / "bundle", force=False, resume=True, identity={"recipe": 1}) as writer:
+            writer.journal["done"] = 1
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    with BundleWriter(tmp_path / "bundle", force=False, resume=True, identity={"recipe": 1}) as writer:
+        assert ("done" in writer.journal) == kept
+        writer.commit(manifest())
+
+
+@pytest.mark.parametrize(
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),

@@ -142,7 +142,6 @@ def print_estimate(plan: Estimate, model: str) -> None:
     table.add_row("parameters", f"{plan.parameters / 1e6:,.1f} M")
     table.add_row("size", f"{megabytes(plan.checkpoint_bytes)} -> about {megabytes(plan.bundle_bytes)}")
     table.add_row("peak memory", f"about {megabytes(plan.peak_memory_bytes)}")
-    table.add_row("  with parity check", f"about {megabytes(plan.peak_memory_with_parity_bytes)}")
     Console().print(table)
 
 

@@ -26,14 +26,14 @@ Verdict = Literal["PASS", "FAIL", "DECODER NOT RUN"]
 # Tensors of a checkpoint that is loaded whole.
 WHOLE_BYTES = 1 << 30
 # Of a larger one, the decoder's layers that are.
-_FIRST_LAYERS = 2
+FIRST_LAYERS = 2
 _STEPS = (
     "2 random images and 2 left-padded prompts: prefill and 1 decode step, every quantized activation on the same "
     "input, every quantized weight"
 )
 _COMPLETE = f"complete graphs on {_STEPS}"
 _LAYER_BY_LAYER = (
-    f"vision encoder, embedding and the decoder cut to its first {_FIRST_LAYERS} layers, complete, on {_STEPS}; then "
+    f"vision encoder, embedding and the decoder cut to its first {FIRST_LAYERS} layers, complete, on {_STEPS}; then "
     "all layers of the decoder, one by one, in a prefill: every quantized activation on the same input, every "
     "quantized weight by what it makes of random vectors"
 )
@@ -124,16 +124,16 @@ def check_parity(
 
 def _compare_first_layers(exported: Exported) -> tuple[_Vision, Comparison]:
     """Compares the vision encoder, and a copy of the decoder that has only its first layers."""
-    model = load_reference(exported.checkpoint.folder, exported.modules, _FIRST_LAYERS)
+    model = load_reference(exported.checkpoint.folder, exported.modules, FIRST_LAYERS)
     vision = _compare_vision(exported, model)
     drop_vision(model, exported.family)
     release_memory()
     first = dataclasses.replace(
         exported,
-        plan=dataclasses.replace(exported.plan, num_layers=min(_FIRST_LAYERS, exported.plan.num_layers)),
+        plan=dataclasses.replace(exported.plan, num_layers=min(FIRST_LAYERS, exported.plan.num_layers)),
         layers=[layer for layer in exported.layers if has_module(model, layer.module)],
     )
-    with truncated_decoder(exported.decoder, _FIRST_LAYERS) as graph:
+    with truncated_decoder(exported.decoder, FIRST_LAYERS) as graph:
         return vision, compare_complete(first, graph, model, vision.features, vision.expected)
 
 

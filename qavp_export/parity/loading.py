@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from qavp_export.checkpoint import Checkpoint, read_config
-from qavp_export.families import Family, family_for
+from qavp_export.families import Family, family_of
 from qavp_export.prequantized import quantization_settings
 from qavp_export.tracing import build_skeleton
 from qavp_export.weights import CheckpointWeights
@@ -122,7 +122,7 @@ def _load_dequantized(folder: Path, config: Any) -> nn.Module:
     with no_init_weights():
         model: Any = auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
     model.tie_weights()
-    weights = CheckpointWeights(checkpoint, family_for(checkpoint.config.get("model_type")), model)
+    weights = CheckpointWeights(checkpoint, family_of(checkpoint.config), model)
     weights.check_stored()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

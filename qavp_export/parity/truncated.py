@@ -48,6 +48,11 @@ def _truncate(model: ir.Model, layers: int) -> None:
     _leaving(graph, last).replace_all_uses_with(_leaving(graph, layers - 1))
     graph.outputs[:] = [value for value in graph.outputs if _cache_layer(value) < layers]
     RemoveUnusedNodesPass()(model)
+    caches = [value for value in graph.inputs if _cache_layer(value) >= 0]
+    for value in caches:
+        if _cache_layer(value) >= layers:
+            # Its sizes may be read for all layers: the exporter takes them from any of the caches, which are alike.
+            value.replace_all_uses_with(caches[0])
     graph.inputs[:] = [value for value in graph.inputs if _cache_layer(value) < layers]
 
 

@@ -124,9 +124,8 @@ class VisionReference:
         """
         patches = tensors[PATCH_RELEVANCE].shape[1] if PATCH_RELEVANCE in tensors else self._plan.vision_tokens
         if patches is None:
-            raise TypeError(
-                f"family {self._family.model_type} has tokens in unknown number and no relevance of patches"
-            )
+            # Tokens are the patches, and as many as the image makes.
+            patches = _features(self._run(tensors)).shape[1]
         seen: list[tuple[Any, Tensor]] = []
         with self._attentions(seen, patches), _without_saved_tensors(), torch.enable_grad():
             pixels, *rest = tensors.values()
