@@ -35,7 +35,7 @@ def test_keeping_the_cls_token_makes_it_one_of_the_features() -> None:
 
 @pytest.mark.parametrize("model_type", ["blip-9", "", None])
 def test_unknown_families_name_the_supported(model_type: str | None) -> None:
-    with pytest.raises(CheckpointError, match="is not supported; supported: .*llava, llava_next, "):
+    with pytest.raises(CheckpointError, match=r"is not supported; supported: .*llava, llava_next, "):
         family_for(model_type)
 
 

@@ -49,6 +49,8 @@ class Plan:
         has_cls_token: Whether the vision tower has a [CLS] token.
         tower_patches: Patches of one image in the vision tower, [CLS] not counted, where they are not the tokens
             (pooled, merged, packed from tiles); None where they are, or where their number varies.
+        patch_size: Side of a patch, pixels, where the image size varies; None elsewhere.
+        merge_size: Side of a token, patches, where the image size varies.
     """
 
     image_size: tuple[int, int] | None
@@ -64,6 +66,8 @@ class Plan:
     context_length: int
     has_cls_token: bool
     tower_patches: int | None = None
+    patch_size: int | None = None
+    merge_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Family(ABC):
             `grid`: every tile is a unit of N tokens, any number of tiles per call.
             `tiles`: the tiles of one image are a unit, packed into one sequence, one image per call.
             `native`: an image in its own resolution is a unit, one image per call.
+        row_break_token: What the processor writes between the rows of an image; None if nothing.
         scorers: Semantic scorers that work for the family, the default first.
         renames: Regular expressions, applied in order, that turn a checkpoint's tensor name into the parameter's name;
             every spelling that published checkpoints use.
@@ -102,6 +107,7 @@ class Family(ABC):
     model_type: ClassVar[str]
     description: ClassVar[str]
     layout: ClassVar[Layout] = "grid"
+    row_break_token: ClassVar[str | None] = None
     scorers: ClassVar[tuple[Scorer, ...]]
     renames: ClassVar[tuple[tuple[str, str], ...]]
 

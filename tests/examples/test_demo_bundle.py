@@ -11,8 +11,9 @@ import torch
 from data import Item, ShapesStream
 from evaluate import answers, load
 from PIL import Image
+from transformers import AutoProcessor
 
-from qavp_export import QavpModel, pipeline
+from qavp_export import QavpForImageTextToText, QavpModel, pipeline
 from qavp_export.cli import run as run_cli
 from qavp_export.cli.common import run_command
 from qavp_export.manifest import Manifest
@@ -85,3 +86,17 @@ def test_qavp_run_answers_a_sample_correctly(pruned: Path, capfd: pytest.Capture
     argv = [str(pruned), "--image", str(EXAMPLE / "samples" / "00.png"), "--prompt", sample["question"]]
     assert run_command(run_cli.app, "qavp-run", argv) == 0
     assert capfd.readouterr().out.strip() == sample["answer"]
+
+
+def test_transformers_generate_answers_the_same(pruned: Path, items: list[Item]) -> None:
+    processor, model = AutoProcessor.from_pretrained(pruned), QavpForImageTextToText.from_pretrained(pruned)
+    chats = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question.text}]}]
+        for item in items
+    ]
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    pictures = [Image.fromarray(item.image) for item in items]
+    inputs = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    new = model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    replies = processor.batch_decode(new, skip_special_tokens=True)
+    assert [reply.strip() for reply in replies] == [reply.strip() for reply in _ask(pruned, items)]

@@ -26,6 +26,9 @@ from qavp_export.weights import CheckpointWeights
 
 Array = npt.NDArray[Any]
 
+# Of the largest logit: float32 sums in another order. 4e-6 was seen; a key too many or too few makes 1e-3 and more.
+ROUNDING = 5e-5
+
 
 @dataclass(frozen=True)
 class Case:
@@ -139,8 +142,13 @@ class Answer:
     def check(self, expected: Answer) -> None:
         """Fails if tokens differ, or logits by more than float32 sums in another order make of them."""
         np.testing.assert_array_equal(self.tokens, expected.tokens)
-        # Of the largest logit; 4e-6 was seen.
-        np.testing.assert_allclose(self.logits, expected.logits, rtol=0, atol=5e-5 * np.abs(expected.logits).max())
+        np.testing.assert_allclose(self.logits, expected.logits, rtol=0, atol=ROUNDING * np.abs(expected.logits).max())
+
+
+def _grown(outputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Returns the cache that a step leaves to the next."""
+    present = {name: array for name, array in outputs.items() if name.startswith("present.")}
+    return {name.replace("present.", "past_key_values."): array for name, array in present.items()}
 
 
 @dataclass(frozen=True)
@@ -167,8 +175,18 @@ class Runner:
         def embed(tokens: Array, shown: Array = features[:0]) -> Array:
             return self._run("embedding", {"input_ids": tokens, "image_features": shown})["inputs_embeds"]
 
-        types = (ids == self.plan.image_token_id).astype(np.int64)
-        return self.decode(embed(ids, features), mask, embed, steps, types)
+        return self.decode(embed(ids, features), mask, embed, steps, self._types(ids))
+
+    def replay(self, ids: Array, mask: Array, features: Array, tokens: Array) -> Array:
+        """Returns the logits `[B,steps,V]` of `tokens [B,steps]`, all but the last given in one step on the cache."""
+        embeds = self._run("embedding", {"input_ids": ids, "image_features": features})["inputs_embeds"]
+        first = self._decoder(embeds, mask, np.maximum(np.cumsum(mask, axis=1) - 1, 0), self._types(ids), {})
+        given = tokens[:, :-1]
+        embeds = self._run("embedding", {"input_ids": given, "image_features": features[:0]})["inputs_embeds"]
+        grown = np.concatenate([mask, np.ones_like(given)], axis=1)
+        positions = np.cumsum(grown, axis=1)[:, -given.shape[1] :] - 1
+        rest = self._decoder(embeds, grown, positions, np.zeros_like(given), _grown(first))
+        return np.concatenate([first["logits"][:, -1:], rest["logits"]], axis=1)
 
     def decode(
         self, embeds: Array, mask: Array, embed: Callable[[Array], Array], steps: int, types: Array | None = None
@@ -182,20 +200,13 @@ class Runner:
             steps: Tokens to generate.
             types: 1 for image tokens `[B,S]`, for decoders that take them.
         """
-        cache_shape = (len(mask), self.plan.num_key_value_heads, 0, self.plan.head_dim)
-        cache = {
-            f"past_key_values.{layer}.{part}": np.zeros(cache_shape, np.float32)
-            for layer in range(self.plan.num_layers)
-            for part in ("key", "value")
-        }
-        typed = "token_type_ids" in {value.name for value in self.sessions["decoder"].get_inputs()}
         positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+        cache: dict[str, Array] = {}
         answer: list[Array] = []
         all_logits: list[Array] = []
         for _ in range(steps):
-            given = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, **cache}
-            outputs = self._run("decoder", given | ({"token_type_ids": types} if typed and types is not None else {}))
-            cache = {name.replace("present", "past_key_values"): outputs[name] for name in outputs if "present" in name}
+            outputs = self._decoder(embeds, mask, positions, types, cache)
+            cache = _grown(outputs)
             logits = outputs["logits"][:, -1]
             all_logits.append(logits.copy())
             logits[:, list(self.never)] = -np.inf
@@ -204,6 +215,21 @@ class Runner:
             mask = np.concatenate([mask, np.ones_like(answer[-1])], axis=1)
             positions = positions[:, -1:] + 1
         return Answer(np.concatenate(answer, axis=1), np.stack(all_logits, axis=1))
+
+    def _types(self, ids: Array) -> Array:
+        types: Array = (ids == self.plan.image_token_id).astype(np.int64)
+        return types
+
+    def _decoder(
+        self, embeds: Array, mask: Array, positions: Array, types: Array | None, cache: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        names = [value.name for value in self.sessions["decoder"].get_inputs()]
+        empty = np.zeros((len(mask), self.plan.num_key_value_heads, 0, self.plan.head_dim), np.float32)
+        past = {name: cache.get(name, empty) for name in names if name.startswith("past_key_values.")}
+        given = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, **past}
+        if "token_type_ids" in names and types is not None:
+            given["token_type_ids"] = types
+        return self._run("decoder", given)
 
     def _run(self, component: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         session = self.sessions[component]

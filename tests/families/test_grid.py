@@ -14,10 +14,12 @@ from PIL import Image
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
+from qavp_export import QavpModel, pipeline
 from qavp_export.families.idefics3 import full_tile_positions
 from qavp_export.numerics.score import hybrid_token_score
 from qavp_export.numerics.select import select_topk
-from tests.families.harness import Array, Batch, Case, transformers_answer, transformers_answer_to
+from qavp_export.recipe import DEFAULT_PRESET, make_recipe
+from tests.families.harness import ROUNDING, Array, Batch, Case, transformers_answer, transformers_answer_to
 from tests.models.gemma3 import make_gemma3
 from tests.models.idefics3 import make_idefics3, make_smolvlm
 from tests.models.internvl import make_internvl
@@ -55,10 +57,16 @@ ENTRIES = {
 }
 
 
-@pytest.fixture(scope="session")
-def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns a family's checkpoint."""
+    return cache(lambda name: ENTRIES[name].make(tmp_path_factory.mktemp("family") / name))
+
+
+@pytest.fixture(scope="module")
+def case_of(checkpoint_of: Callable[[str], Path]) -> Callable[[str], Case]:
     """Returns a family's case; each is traced once."""
-    return cache(lambda name: Case.of(ENTRIES[name].make(tmp_path_factory.mktemp("family") / name)))
+    return cache(lambda name: Case.of(checkpoint_of(name)))
 
 
 @pytest.fixture(params=ENTRIES)
@@ -73,11 +81,15 @@ def _image(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def _batch(case: Case, name: str) -> Batch:
+def _prompts(name: str) -> tuple[list[str], list[list[Image.Image]]]:
     """Two images in the first prompt, of which one is wide enough for several tiles; one in the second."""
     image = ENTRIES[name].image
     texts = [f"{image} what is the color {image} left or right ?", f"{image} circle ?"]
-    return Batch.of(case.processor, texts, [[_image(1, 70, 40), _image(2, 33, 36)], [_image(3, 36, 36)]])
+    return texts, [[_image(1, 70, 40), _image(2, 33, 36)], [_image(3, 36, 36)]]
+
+
+def _batch(case: Case, name: str) -> Batch:
+    return Batch.of(case.processor, *_prompts(name))
 
 
 def test_unpruned_equals_transformers(case_of: Callable[[str], Case], name: str) -> None:
@@ -86,6 +98,9 @@ def test_unpruned_equals_transformers(case_of: Callable[[str], Case], name: str)
     features = runner.encode(batch.tiles)["image_features"]
     answer = runner.generate(batch.ids, batch.mask, features, STEPS)
     answer.check(transformers_answer(case.reference, STEPS, case.plan.image_token_id, **batch.inputs))
+    # Several tokens at a time see what each saw.
+    again = runner.replay(batch.ids, batch.mask, features, answer.tokens)
+    np.testing.assert_allclose(again, answer.logits, rtol=0, atol=ROUNDING * np.abs(again).max())
 
 
 def test_pruned_equals_transformers_fed_the_same_tokens(case_of: Callable[[str], Case], name: str) -> None:
@@ -177,6 +192,28 @@ def _features(case: Case, tiles: Array) -> Array:
         found = case.reference.get_image_features(pixels, return_dict=True).pooler_output
     features: Array = torch.stack([rows.reshape(-1, rows.shape[-1]) for rows in found]).numpy()
     return features
+
+
+def test_the_default_recipe_exports_and_the_bundle_prepares_prompts(
+    tmp_path: Path, checkpoint_of: Callable[[str], Path], case_of: Callable[[str], Case], name: str
+) -> None:
+    case, recipe = case_of(name), make_recipe(DEFAULT_PRESET, {"keep": 0.4})
+    target = tmp_path / "bundle"
+    manifest = pipeline.export(checkpoint_of(name), recipe, target, name=name, force=False, progress=lambda *_: None)
+    assert (manifest.parity["verdict"], manifest.parity["reason"]) == ("PASS", "")
+    precisions = [value for layer, value in manifest.precision.items() if layer.startswith("decoder:")]
+    # q, k, v, o, gate, up, down in each layer, and the head.
+    assert sorted(precisions) == ["w4a4"] * 7 * case.plan.num_layers + ["w8a16"]
+    # Where the stream cannot be rotated, the manifest says so.
+    assert any("residual stream is not rotated" in note for note in manifest.notes) == ("gemma" in name)
+    bundle, batch = QavpModel.from_bundle(target), _batch(case, name)
+    texts, images = _prompts(name)
+    prepared = bundle.prepare(images, texts, chat_template=False)
+    kept = np.stack(list(prepared.kept_indices))
+    stays = batch.stays(case.plan.image_token_id, kept, case.plan.vision_tokens or 0) & (batch.mask == 1)
+    for row, valid, ids, stay in zip(prepared.input_ids, prepared.attention_mask, batch.ids, stays, strict=True):
+        assert row[valid == 1].tolist() == ids[stay].tolist()
+    assert [len(ids) for ids in bundle.generate_ids(images, texts, max_new_tokens=3, chat_template=False)] != [0, 0]
 
 
 # Names as the checkpoints on the Hub have them.
