@@ -35,6 +35,8 @@ from qavp_export.errors import InputError
 from qavp_export.quantization import Calibration, quantize
 from qavp_export.recipe import make_recipe
 from qavp_export.settings import settle
+from qavp_export.source import open_source
+from qavp_export.weight_file import WeightFile
 
 Array = npt.NDArray[Any]
 Feed = dict[str, Array]
@@ -117,7 +119,7 @@ class Bench:
     def __init__(self, checkpoint: Path, text: Text, folder: Path, threads: int | None = None) -> None:
         self._folder = folder
         self._options = session_options(EngineOptions(threads=threads, graph_optimization="disable"))
-        self._source = pipeline.open_source(checkpoint, checkpoint.name)
+        self._source = open_source(checkpoint, checkpoint.name)
         self._graphs, _ = pipeline.trace(self._source, lambda *_: None)
         # Pruning is not measured here, and keeping every token is the cheapest way through it.
         keep_all = settle(make_recipe("none", {"keep": 1.0}), self._source.family, self._source.plan)
@@ -145,9 +147,8 @@ class Bench:
             scratch = Path(name)
             prompts = self._prompts if recipe.needs_calibration else []
             openings = self._feed(pipeline.openings(self._source, recipe))
-            quantized = quantize(decoder, settings, Calibration(prompts, openings, scratch, progress))
-            # Weights are lazy: what is not calibrated is rounded here.
-            session = self._open(decoder, "decoder")
+            quantized = quantize(decoder, settings, Calibration(prompts, openings, scratch, {}, progress))
+            session = self._open(decoder, "decoder", quantized.calibrate)
             seconds = time.perf_counter() - started
             perplexity = self._perplexity(session, progress)
         raised = [layer.module for layer in quantized.layers if layer.precision == "w8a8"] if recipe.size_budget else []
@@ -162,10 +163,15 @@ class Bench:
             raised=raised,
         )
 
-    def _open(self, graph: ir.Model, name: str) -> ort.InferenceSession:
+    def _open(
+        self, graph: ir.Model, name: str, calibrate: Callable[[WeightFile], None] = lambda _: None
+    ) -> ort.InferenceSession:
         path = self._folder / name / "model.onnx"
         path.parent.mkdir(exist_ok=True)
-        ir.save(graph, path, external_data=f"{path.name}.data")
+        file = WeightFile(path, graph, {})
+        calibrate(file)
+        # Weights are lazy: what is not calibrated is rounded here.
+        file.finish(lambda *_: None)
         return ort.InferenceSession(str(path), self._options, providers=["CPUExecutionProvider"])
 
     def _feed(self, ids: npt.NDArray[np.int64]) -> Feed:

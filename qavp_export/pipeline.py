@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
 
 from qavp_export.bundle import BundleWriter, describe_component
 from qavp_export.calibration import CalibrationSet, demo_calibration, read_calibration
 from qavp_export.calibration.prompts import embed_prompts, embed_text
-from qavp_export.checkpoint import Checkpoint
-from qavp_export.errors import BundleError, CheckpointError, ParityError, RecipeError
-from qavp_export.families import Family, Layout, Plan, family_of
-from qavp_export.manifest import DecoderSpec, Manifest, VisionTokens
+from qavp_export.description import describe, versions
+from qavp_export.errors import ParityError, RecipeError
+from qavp_export.manifest import Manifest
 from qavp_export.parity import Exported, check_parity
 from qavp_export.parity.tapped import TOKEN_TYPES
 from qavp_export.passes import (
@@ -35,8 +28,8 @@ from qavp_export.passes import (
 )
 from qavp_export.quantization import Calibration, Quantization, quantize
 from qavp_export.recipe import Recipe
-from qavp_export.runtime.processors import load_processor
 from qavp_export.settings import Settings, settle
+from qavp_export.source import Source, open_source
 from qavp_export.tracing import PARAMETER, build_skeleton, trace_components
 from qavp_export.weights import CheckpointWeights
 
@@ -45,30 +38,6 @@ Progress = Callable[[str, int, int], None]
 
 # Sequences that stand for whatever begins a prompt, and their length.
 _OPENINGS = (8, 4)
-# What the keep ratio applies to. Where images are not cut up, their only tile is the image.
-_UNITS: Mapping[Layout, str] = MappingProxyType({"grid": "tile", "tiles": "tile-set", "native": "image"})
-_LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint that was opened and understood; no weight has been read.
-
-    Attributes:
-        name: The model as the user named it.
-        checkpoint: The open checkpoint.
-        config: The Hugging Face configuration.
-        family: The model's family.
-        plan: The model's sizes.
-        tokenizer: The checkpoint's tokenizer.
-    """
-
-    name: str
-    checkpoint: Checkpoint
-    config: Any
-    family: Family
-    plan: Plan
-    tokenizer: Any
 
 
 def export(
@@ -140,7 +109,7 @@ def identify(source: Source, settings: Settings, drawn: CalibrationSet | None) -
         "checkpoint": source.checkpoint.fingerprint(),
         "recipe": settings.resolved(),
         "calibration": None if drawn is None else drawn.describe(),
-        "version": _versions(),
+        "version": versions(),
     }
 
 
@@ -220,40 +189,6 @@ def openings(source: Source, recipe: Recipe) -> npt.NDArray[np.int64]:
     return ids
 
 
-def open_source(folder: Path, name: str) -> Source:
-    """Opens a checkpoint and finds its family; reads no weight.
-
-    Raises:
-        CheckpointError: The checkpoint is incomplete, corrupt or not supported.
-    """
-    checkpoint = Checkpoint.open(folder)
-    config, family, plan = read_plan(folder, checkpoint.config)
-    try:
-        tokenizer = load_processor(folder).tokenizer
-    except BundleError as error:
-        raise CheckpointError(f"{error}; download the checkpoint again") from error
-    if tokenizer.convert_ids_to_tokens(plan.image_token_id) is None:
-        raise CheckpointError(
-            f"{folder / 'config.json'} names image token {plan.image_token_id}, which the tokenizer does not have; "
-            "download the checkpoint again"
-        )
-    return Source(name, checkpoint, config, family, plan, tokenizer)
-
-
-def read_plan(folder: Path, config: Mapping[str, Any]) -> tuple[Any, Family, Plan]:
-    """Returns the Hugging Face configuration, the family and the sizes from config.json alone.
-
-    Raises:
-        CheckpointError: The model type is not supported, or the configuration is not valid.
-    """
-    family = family_of(config)
-    try:
-        parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return parsed, family, family.plan(parsed)
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, StrictDataclassError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is not valid: {_one_line(error)}") from error
-
-
 def trace(source: Source, progress: Callable[[int, int], None]) -> tuple[dict[str, ir.Model], CheckpointWeights]:
     """Traces the three components; their initializers are lazy tensors of the checkpoint.
 
@@ -311,66 +246,6 @@ def _store_half(graph: ir.Model, weights: CheckpointWeights, rotated: Collection
     )(graph)
 
 
-def describe(source: Source, settings: Settings) -> Manifest:
-    """Returns what the manifest says before anything has been written."""
-    plan, tokenizer = source.plan, source.tokenizer
-    eos = _token_ids(source, "eos_token_id", tokenizer.eos_token_id)
-    pad = _token_ids(source, "pad_token_id", tokenizer.pad_token_id)
-    return Manifest(
-        source=source.name,
-        family=source.family.model_type,
-        recipe=settings.resolved(),
-        vision_tokens=_vision_tokens(source, settings),
-        decoder=DecoderSpec(
-            num_layers=plan.num_layers,
-            num_key_value_heads=plan.num_key_value_heads,
-            head_dim=plan.head_dim,
-            hidden_size=plan.hidden_size,
-            vocab_size=plan.vocab_size,
-            context_length=plan.context_length,
-            eos_token_ids=eos,
-            pad_token_id=(pad or eos or [0])[0],
-        ),
-        components={},
-        precision={},
-        weight_error={},
-        notes=[],
-        calibration=None,
-        checkpoint_bytes=source.checkpoint.total_bytes,
-        checkpoint_quantization=None,
-        parity={},
-        versions=_versions(),
-    )
-
-
-def _vision_tokens(source: Source, settings: Settings) -> VisionTokens:
-    recipe, layout = settings.recipe, source.family.layout
-    newlines = "dropped" if settings.pruned else "kept"
-    return VisionTokens(
-        before=source.plan.vision_tokens,
-        after=settings.tokens_kept,
-        image_token=str(source.tokenizer.convert_ids_to_tokens(source.plan.image_token_id)),
-        image_token_id=source.plan.image_token_id,
-        positions=recipe.positions,
-        keep=recipe.keep,
-        keep_range=None if recipe.keep_range is None else list(recipe.keep_range),
-        layout=layout,
-        layout_settings=_layout_settings(source),
-        unit=_UNITS[layout],
-        newlines=newlines if layout == "tiles" else None,
-    )
-
-
-def _layout_settings(source: Source) -> dict[str, Any]:
-    settings, row_break = source.family.layout_settings(source.config), source.family.row_break_token
-    if row_break is None:
-        return settings
-    token = source.tokenizer.convert_tokens_to_ids(row_break)
-    # For what it does not have, a tokenizer gives the id of unknown words.
-    known = token is not None and source.tokenizer.convert_ids_to_tokens(token) == row_break
-    return settings | {"row_break_token_id": token} if known else settings
-
-
 def _with_results(
     manifest: Manifest,
     graphs: Mapping[str, ir.Model],
@@ -393,36 +268,5 @@ def _with_results(
     )
 
 
-def _token_ids(source: Source, key: str, fallback: int | None) -> list[int]:
-    """Returns token ids from generation_config.json, else the text configuration, else the tokenizer."""
-    path = source.checkpoint.folder / "generation_config.json"
-    try:
-        generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
-    value = generation.get(key) if isinstance(generation, dict) else None
-    if value is None:
-        value = getattr(source.config.text_config, key, None)
-    if value is None:
-        value = fallback
-    if value is None:
-        return []
-    return [int(item) for item in value] if isinstance(value, list) else [int(value)]
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for library in ("qavp-export", *_LIBRARIES):
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
 def _stage(progress: Progress, stage: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(stage, done, total)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -228,9 +228,9 @@ def _dry_run(origin: _Origin, preset: str, overrides: dict[str, Any], as_json: b
     from qavp_export.checkpoint import read_config
     from qavp_export.cli.report import print_estimate
     from qavp_export.estimate import estimate
-    from qavp_export.pipeline import read_plan
     from qavp_export.recipe import make_recipe
     from qavp_export.settings import settle
+    from qavp_export.source import read_plan
 
     recipe = make_recipe(preset, overrides)
     folder = origin.resolve(config_only=True, progress=not as_json)

@@ -45,7 +45,7 @@ def load_reference(folder: Path, layers: Collection[str], decoder_layers: int | 
             model = auto.from_pretrained(
                 folder,
                 config=config,
-                dtype="auto",
+                dtype=_stored_dtype(Checkpoint.open(folder)),
                 attn_implementation="eager",
                 local_files_only=True,
                 trust_remote_code=False,
@@ -84,7 +84,15 @@ def load_streamed(
     return model, weights
 
 
-def _to_float(model: nn.Module, layers: Collection[str]) -> None:
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Returns the dtype that holds every tensor without loss; config.json may name another than the files have."""
+    dtypes = {info.dtype for info in checkpoint.tensors.values()}
+    return {frozenset({"F16"}): torch.float16, frozenset({"BF16"}): torch.bfloat16}.get(
+        frozenset(dtypes), torch.float32
+    )
+
+
+def _to_float(model: Any, layers: Collection[str]) -> None:
     kept = {id(model.get_submodule(layer).weight) for layer in layers if has_module(model, layer)}
     kept.add(id(model.get_input_embeddings().weight))
     for module in model.modules():
@@ -96,10 +104,10 @@ def _to_float(model: nn.Module, layers: Collection[str]) -> None:
                 setattr(module, name, buffer.float())
 
 
-def drop_vision(model: nn.Module, family: Family) -> None:
+def drop_vision(model: Any, family: Family) -> None:
     """Frees what neither the decoder nor the embedding reads."""
     kept = {id(parameter) for parameter in family.decoder(model).parameters()}
-    kept.add(id(model.get_input_embeddings().weight))  # type: ignore[operator]  # of the Hugging Face model
+    kept.add(id(model.get_input_embeddings().weight))
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.data = torch.empty(0)

@@ -31,7 +31,8 @@ class Prompts:
     @property
     def token_type_ids(self) -> IntArray:
         """1 for image tokens `[2,S]`."""
-        return (self.ids == self.image_token_id).astype(np.int64)
+        types: IntArray = (self.ids == self.image_token_id).astype(np.int64)
+        return types
 
     @property
     def positions(self) -> IntArray:
@@ -57,6 +58,5 @@ def random_prompts(rng: np.random.Generator, plan: Plan, tokens_kept: int) -> Pr
     width = max(map(len, rows))
     ids = [np.pad(row, (width - len(row), 0), constant_values=text_ids[0]) for row in rows]
     mask = [np.pad(np.ones_like(row), (width - len(row), 0)) for row in rows]
-    next_ids = rng.choice(text_ids, (len(rows), 1))
-    arrays = (array.astype(np.int64) for array in (np.stack(ids), np.stack(mask), next_ids))
-    return Prompts(*arrays, image_token_id=plan.image_token_id)
+    next_ids = rng.choice(text_ids, (len(rows), 1)).astype(np.int64)
+    return Prompts(np.stack(ids).astype(np.int64), np.stack(mask).astype(np.int64), next_ids, plan.image_token_id)

@@ -12,6 +12,7 @@ import pytest
 from qavp_export import pipeline
 from qavp_export.passes import FoldWeightTransposes
 from qavp_export.passes.place_nvfp4 import PlaceNvfp4
+from qavp_export.source import open_source
 from tests.engines.rtx import build_engine
 from tests.models.tiny import TinySpec, make_llava
 
@@ -27,7 +28,7 @@ FP4_WEIGHT = ["FP4E2M1", "FP8", "Float", "Float"]
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny decoder's NVFP4 graph; Qwen2's has biases."""
     folder = tmp_path_factory.mktemp(request.param)
-    source = pipeline.open_source(make_llava(folder / "checkpoint", TinySpec(decoder=request.param)), "tiny")
+    source = open_source(make_llava(folder / "checkpoint", TinySpec(decoder=request.param)), "tiny")
     graphs, _ = pipeline.trace(source, lambda *_: None)
     FoldWeightTransposes()(graphs["decoder"])
     result = PlaceNvfp4(["/model/layers.*"])(graphs["decoder"])
