@@ -57,7 +57,7 @@ class Gemma3Decoder(CachedDecoder):
             token_type_ids: `[B,S]` int64, 1 for image tokens.
             past_key_values: Per layer a key and a value `[B,KV,P,head_dim]`.
         """
-        config = self.model.config
+        config: Any = self.model.config
         at = Indices.of(attention_mask, inputs_embeds.shape[1])
         is_image = token_type_ids == 1
         starts = is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]

@@ -52,7 +52,7 @@ class PrefixDecoder(CachedDecoder):
         past_key_values: Sequence[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Returns logits and the grown cache; see `CachedDecoder.forward`."""
-        config = self.model.config
+        config: Any = self.model.config
         at = Indices.of(attention_mask, inputs_embeds.shape[1])
         # The first query is the first token of all.
         is_prompt = at.queries[:1] == 0

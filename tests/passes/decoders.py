@@ -49,7 +49,7 @@ def trace_decoder(spec: TinySpec, changes: Mapping[str, Any] | None = None) -> t
     skeleton, mode = build_skeleton(config)
     modules = {id(module): name for name, module in skeleton.named_modules()}
     with mode:
-        request = _decoder_request(family.decoder(skeleton), plan)
+        request = _decoder_request(family.decoder(skeleton), plan, family.decoder_inputs(plan))
     model = _trace(request, mode, modules, random_weight)
     FoldWeightTransposes()(model)
     return model, plan

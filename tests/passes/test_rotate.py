@@ -66,6 +66,25 @@ def test_a_traced_decoder_yields_what_it_did(name: str) -> None:
         _close(after.present[output], expected)
 
 
+def test_without_the_stream_every_input_is_rotated_at_run_time_and_read_by_all_its_layers() -> None:
+    model, plan = llama_decoder()
+    embeds = np.random.default_rng(1).standard_normal((2, 6, plan.hidden_size)).astype(np.float32)
+    before = run_steps(model, plan, embeds)
+    result = Rotate(32, seed=SEED, stream=False)(model)
+    assert result.matched == 7 * plan.num_layers + 1
+    _close(run_steps(model, plan, embeds).logits, before.logits)
+    # Each layer has four: one for q, k and v, one for o, one for gate and up, one for down; and there is the head's.
+    rotations = {str(node.name).rpartition("/")[0] for node in model.graph if "MatMul/rotation/" in str(node.name)}
+    assert len(rotations) == 4 * plan.num_layers + 1
+    layers = result.layers
+    block = block_rotation(plan.hidden_size, 32).right
+    for part in ("q_proj", "k_proj", "v_proj"):
+        folded = layers[f"/model/layers.0/attn/{part}/MatMul"]
+        assert [rotation.right.tolist() for rotation in folded.inputs] == [block.tolist()]
+        # The norm keeps its gain.
+        assert folded.gain is None
+
+
 def _array(value: ir.Value | None) -> npt.NDArray[np.float64]:
     assert value is not None
     assert value.const_value is not None
