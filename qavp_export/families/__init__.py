@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from qavp_export.errors import CheckpointError
 from qavp_export.families.base import Family, GraphInput, Layout, Plan
@@ -13,6 +14,7 @@ from qavp_export.families.internvl import InternVL
 from qavp_export.families.llava import Llava
 from qavp_export.families.llava_next import LlavaNext
 from qavp_export.families.llava_onevision import LlavaOnevision
+from qavp_export.families.mistral3 import Mistral3, Pixtral
 from qavp_export.families.paligemma import PaliGemma
 from qavp_export.families.vipllava import VipLlava
 
@@ -29,11 +31,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             SmolVLM(),
             Gemma3(),
             PaliGemma(),
+            Pixtral(),
+            Mistral3(),
         )
     }
 )
 
-__all__ = ["FAMILIES", "Family", "GraphInput", "Layout", "Plan", "family_for"]
+__all__ = ["FAMILIES", "Family", "GraphInput", "Layout", "Plan", "family_for", "family_of"]
 
 
 def family_for(model_type: str | None) -> Family:
@@ -46,3 +50,15 @@ def family_for(model_type: str | None) -> Family:
         supported = ", ".join(sorted(FAMILIES))
         raise CheckpointError(f"model_type {model_type!r} in config.json is not supported; supported: {supported}")
     return FAMILIES[model_type]
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Returns the family of a config.json: that of its `model_type`, but for LLaVA with a Pixtral tower.
+
+    Raises:
+        CheckpointError: No family supports it.
+    """
+    model_type, vision = config.get("model_type"), config.get("vision_config")
+    if model_type == "llava" and isinstance(vision, Mapping) and vision.get("model_type") == Pixtral.model_type:
+        return FAMILIES[Pixtral.model_type]
+    return family_for(model_type)

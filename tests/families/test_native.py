@@ -177,8 +177,9 @@ def test_one_pruned_bundle_answers_as_transformers_fed_the_same_tokens(model: _M
     assert max(breaks) > 0
 
 
-def test_default_recipe_matches_torch(model: _Model, tmp_path: Path) -> None:
-    manifest = model.bundle(tmp_path / "bundle", "auto")
+def test_w4a4_matches_torch(model: _Model, tmp_path: Path) -> None:
+    # The default recipe, and for the family whose decoder is the same one that needs less time.
+    manifest = model.bundle(tmp_path / "bundle", "auto" if model.merge > 1 else "rtn")
     assert manifest.parity["verdict"] == "PASS"
     assert manifest.parity["kept_indices_equal"] == 1.0
     tokens = manifest.vision_tokens
