@@ -262,8 +262,10 @@ def _node(module: str) -> str:
 def test_gptq_calibrates_on_pruned_prompts(tmp_path: Path, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[CalibrationItem, dict[str, np.ndarray]]] = []
 
-    def spy(bundle: Path, manifest: Manifest, items: tuple[CalibrationItem, ...]) -> Iterator[dict[str, np.ndarray]]:
-        for item, prompt in zip(items, embed_prompts(bundle, manifest, items), strict=True):
+    def spy(
+        bundle: Path, manifest: Manifest, items: tuple[CalibrationItem, ...], *, token_types: bool
+    ) -> Iterator[dict[str, np.ndarray]]:
+        for item, prompt in zip(items, embed_prompts(bundle, manifest, items, token_types=token_types), strict=True):
             seen.append((item, prompt))
             yield prompt
 
@@ -418,7 +420,7 @@ def test_parity_catches_weights_that_calibration_ruined(
 
     # Every code one channel further: GPTQ's codes need not be the nearest, but this is another weight.
     monkeypatch.setattr(gptq_calibration, "gptq_two_level", shuffled)
-    with pytest.raises(ParityError, match=r"a weight has cosine -?0\.\d\d with the checkpoint's"):
+    with pytest.raises(ParityError, match=r"the weight of \S+ has cosine -?0\.\d\d with the checkpoint's"):
         _export(tiny_llava, tmp_path / "bundle", "gptq", keep=0.3, calibration_samples=1)
     assert list(tmp_path.iterdir()) == []
 

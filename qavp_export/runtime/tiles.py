@@ -98,7 +98,8 @@ def _unpadded(grid: _Ints, image_size: tuple[int, int]) -> _Ints:
 
 def _with_newlines(grid: _Ints, newline: int) -> _Ints:
     """Appends a column of newlines."""
-    return np.concatenate([grid, np.full_like(grid[:, :1], newline)], axis=1)
+    # A grid may have rows and no columns: an image as thin as a patch.
+    return np.concatenate([grid, np.full((len(grid), 1, *grid.shape[2:]), newline, grid.dtype)], axis=1)
 
 
 def _unmixed(indices: _Ints) -> dict[str, npt.NDArray[Any]]:

@@ -129,14 +129,14 @@ def test_rows_do_not_depend_on_their_neighbours_or_on_leading_axes() -> None:
 def test_temporaries_do_not_grow_with_the_weight(
     quantize: Callable[[np.ndarray, int], TwoLevel | OneLevel],
 ) -> None:
-    values = np.random.default_rng(2).standard_normal((1024, 4096)).astype(np.float32)
+    values = np.random.default_rng(2).standard_normal((2048, 4096)).astype(np.float32)
     tracemalloc.start()
     result = quantize(values, 128)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     outputs = sum(array.nbytes for array in vars(result).values())
-    # 5 blocks of 128 KiB at most are alive at once, and small arrays; the weight is 16 MiB.
-    assert peak - outputs < 2 << 20
+    # 6 blocks of 1 MiB at most are alive at once, and small arrays; the weight is 32 MiB.
+    assert peak - outputs < 8 << 20
 
 
 def test_group_size_that_does_not_divide_is_refused() -> None:
