@@ -126,8 +126,6 @@ def _compare_first_layers(exported: Exported) -> tuple[_Vision, Comparison]:
     """Compares the vision encoder, and a copy of the decoder that has only its first layers."""
     model = load_reference(exported.checkpoint.folder, exported.modules, FIRST_LAYERS)
     vision = _compare_vision(exported, model)
-    drop_vision(model, exported.family)
-    release_memory()
     first = dataclasses.replace(
         exported,
         plan=dataclasses.replace(exported.plan, num_layers=min(FIRST_LAYERS, exported.plan.num_layers)),
@@ -157,11 +155,15 @@ class _Vision:
 
 
 def _compare_vision(exported: Exported, model: Any) -> _Vision:
-    encoders = OrtEncoders(exported.bundle, exported.manifest, PLAIN)
+    """Compares the vision encoder; the model's is gone afterwards."""
     reference = VisionReference(model, exported.family, exported.plan, exported.settings)
+    draws = [(arguments, reference.select(arguments)) for arguments in reference.draw(exported.settings.recipe.seed)]
+    # One after the other: each takes about the memory of the whole tower.
+    drop_vision(model, exported.family)
+    release_memory()
+    encoders = OrtEncoders(exported.bundle, exported.manifest, PLAIN)
     features, expected, same_tokens = [], [], []
-    for arguments in reference.draw(exported.settings.recipe.seed):
-        selection = reference.select(arguments)
+    for arguments, selection in draws:
         kept_features, kept = encoders.encode_images(reference.feeds(arguments, selection))
         features.append(kept_features)
         expected.append(np.take_along_axis(selection.features, kept[..., np.newaxis], axis=1))
