@@ -85,7 +85,10 @@ class Walk:
         del self._weights[weight]
         self._known[output] = self._new_number()
         for prompt in range(self._prompts):
-            np.save(self._file(output, prompt), np.load(self._file(x, prompt)) @ values.T)
+            inputs = np.load(self._file(x, prompt))
+            # As one matrix: for a batch, NumPy would go through the weight once for each of its rows.
+            product = inputs.reshape(-1, inputs.shape[-1]) @ values.T
+            np.save(self._file(output, prompt), product.reshape(*inputs.shape[:-1], len(values)))
         self._done.add(node)
 
     def read(self, value: ir.Value) -> Iterator[Array]:
