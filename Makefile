@@ -8,8 +8,9 @@ demo: .venv/installed
 	$(BIN)/qavp-export --model examples/shapes_vqa/model --keep 0.125 --output demo_bundle --force
 	$(BIN)/qavp-run demo_bundle --image examples/shapes_vqa/samples/00.png --prompt "What color is the cross?"
 
+# Files whole, because their tests share exports.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
