@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Callable, Iterator, MutableMapping
@@ -140,6 +141,9 @@ def _outside(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
 
 def _largest_file(folder: Path) -> int:
     """Returns the size that a file system can hold in one file: 4 GiB on FAT, practically no limit elsewhere."""
-    # The number of bits of a signed size.
-    bits = os.pathconf(folder, "PC_FILESIZEBITS")
+    bits = 0
+    # Not every system knows the question.
+    with contextlib.suppress(OSError, ValueError):
+        # The number of bits of a signed size.
+        bits = os.pathconf(folder, "PC_FILESIZEBITS")
     return (1 << (min(bits, 64) - 1)) - 1 if bits > 0 else (1 << 63) - 1

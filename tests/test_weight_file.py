@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +134,22 @@ def test_a_file_system_with_small_files_gets_several(tmp_path: Path) -> None:
     # The largest tensor, of 4800 bytes, has a file of its own.
     assert sorted(sizes) == ["model.onnx.data", "model.onnx.data.1", "model.onnx.data.2"]
     assert sizes["model.onnx.data.1"] == 4800
+    _assert_complete(tmp_path)
+
+
+@pytest.mark.parametrize(("answer", "files"), [(OSError(), 1), (ValueError(), 1), (-1, 1), (64, 1), (11, 3)])
+def test_the_file_system_says_how_large_a_file_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Exception | int, files: int
+) -> None:
+    def pathconf(_folder: Path, _name: str) -> int:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(os, "pathconf", pathconf)
+    _file(tmp_path, _model()).finish(lambda *_: None)
+    # 11 bits are a signed size of at most 1023.
+    assert len(list(tmp_path.glob("model.onnx.data*"))) == files
     _assert_complete(tmp_path)
 
 
