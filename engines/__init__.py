@@ -22,6 +22,9 @@ from qavp_export.manifest import Manifest
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
+# What some decoders take beyond the contract `[B, S]`: 1 for image tokens, 0 for others.
+TOKEN_TYPES = "token_type_ids"
+
 
 @dataclass(frozen=True)
 class EngineOptions:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
-from qavp_export.engines import EngineOptions, FloatArray, IntArray
+from qavp_export.engines import TOKEN_TYPES, EngineOptions, FloatArray, IntArray
 from qavp_export.errors import BundleError, InputError, PromptError, QavpError, UnavailableError
 from qavp_export.manifest import Manifest
 
@@ -23,7 +23,6 @@ _LEVELS: Mapping[str, ort.GraphOptimizationLevel] = MappingProxyType(
 )
 _FATAL = 4
 _NVFP4 = "nvfp4"
-_TOKEN_TYPES = "token_type_ids"
 _Values = dict[str, ort.OrtValue]
 
 
@@ -101,8 +100,8 @@ class OrtCpuEngine(OrtEncoders):
             )
         super().__init__(bundle, manifest, options)
         past, present = _cache_names(manifest.decoder.num_layers)
-        self._typed = _TOKEN_TYPES in _input_names(manifest, "decoder")
-        inputs = ["inputs_embeds", "attention_mask", "position_ids", *past, *([_TOKEN_TYPES] if self._typed else [])]
+        self._typed = TOKEN_TYPES in _input_names(manifest, "decoder")
+        inputs = ["inputs_embeds", "attention_mask", "position_ids", *past, *([TOKEN_TYPES] if self._typed else [])]
         self._decoder = _open(bundle, manifest, "decoder", self._settings, inputs, ["logits", *present])
         self._spec = manifest.decoder
         self._tokens_per_unit = manifest.vision_tokens.after or 1
@@ -175,7 +174,7 @@ class OrtDecoderSession:
         types: _Values = {}
         if self._typed:
             of_text = np.zeros_like(position_ids)
-            types = {_TOKEN_TYPES: _value(of_text if token_type_ids is None else token_type_ids, np.int64)}
+            types = {TOKEN_TYPES: _value(of_text if token_type_ids is None else token_type_ids, np.int64)}
         outputs = self._decoder.run(
             {
                 "inputs_embeds": embeds,

@@ -30,3 +30,15 @@ def run_blocks(function: Callable[[_Block], _T], blocks: Sequence[_Block]) -> li
     # BLAS threads of its own would wait for one another at every small product.
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(function, blocks))
+
+
+def cut_rows(shape: tuple[int, ...], values: int) -> list[slice]:
+    """Cuts the rows of a matrix into blocks.
+
+    Args:
+        shape: Rows, and values of a row.
+        values: Values of a block; a block is at least one row.
+    """
+    count, width = shape
+    step = max(1, values // width)
+    return [slice(start, start + step) for start in range(0, count, step)]

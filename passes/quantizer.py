@@ -13,7 +13,7 @@ from qavp_export.numerics.clip import quantize_one_level_clipped, quantize_two_l
 from qavp_export.numerics.one_level import OneLevel, quantize_one_level
 from qavp_export.numerics.two_level import TwoLevel, quantize_two_level
 from qavp_export.passes._linear import by_output_channel
-from qavp_export.passes._parallel import run_blocks
+from qavp_export.passes._parallel import cut_rows, run_blocks
 from qavp_export.passes.scheme import Scheme
 
 Float32 = npt.NDArray[np.float32]
@@ -117,9 +117,8 @@ def quantize_activation(values: Float32, scheme: Scheme, group_size: int) -> Flo
 
 def squared_error(values: Float32, quantized: Quantized) -> float:
     """Returns the squared norm of the error of rows `[N,K]`."""
-    step, total = max(1, _PART // values.shape[1]), 0.0
-    for start in range(0, len(values), step):
-        rows = slice(start, start + step)
+    total = 0.0
+    for rows in cut_rows(values.shape, _PART):
         difference = values[rows] - take_rows(quantized, rows).dequantize()
         total += float(np.vdot(difference, difference))
     return total

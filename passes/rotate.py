@@ -16,7 +16,7 @@ from qavp_export.numerics.rotation import Rotation, block_rotation, head_rotatio
 from qavp_export.passes._builder import NodeBuilder
 from qavp_export.passes._infra import Refusal, RewritePass, RewriteResult, find_value, require_opset
 from qavp_export.passes._linear import graph_of, input_of, is_linear, matrix_shape, name_of
-from qavp_export.passes._parallel import run_blocks
+from qavp_export.passes._parallel import cut_rows, run_blocks
 from qavp_export.passes._residual import ResidualStream, find_residual_stream
 from qavp_export.passes._values import ValuePath, find_value_path
 
@@ -178,10 +178,10 @@ class _Fold:
         folded = np.empty_like(weight)
         if self.inputs or self.gain is not None:
             gain = None if self.gain is None or self.gain.const_value is None else self.gain.const_value.numpy()
-            run_blocks(partial(self._fold_inputs, weight, folded, gain), _blocks(weight.shape[1], weight.shape[0]))
+            run_blocks(partial(self._fold_inputs, weight, folded, gain), cut_rows(weight.T.shape, _CHUNK))
             weight = folded
         if self.output is not None:
-            run_blocks(partial(self._fold_output, self.output, weight, folded), _blocks(*weight.shape))
+            run_blocks(partial(self._fold_output, self.output, weight, folded), cut_rows(weight.shape, _CHUNK))
         return folded if self.inputs or self.gain is not None or self.output is not None else weight
 
     def _fold_inputs(self, weight: Array, folded: Array, gain: Array | None, part: slice) -> None:
@@ -194,11 +194,6 @@ class _Fold:
 
     def _fold_output(self, output: Rotation, weight: Array, folded: Array, part: slice) -> None:
         folded[part] = output.apply(weight[part])
-
-
-def _blocks(count: int, width: int) -> list[slice]:
-    step = max(1, _CHUNK // width)
-    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _value_paths(graph: ir.Graph) -> tuple[list[ValuePath], list[Refusal]]:

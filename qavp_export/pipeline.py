@@ -15,10 +15,10 @@ from qavp_export.bundle import BundleWriter, describe_component
 from qavp_export.calibration import CalibrationSet, demo_calibration, read_calibration
 from qavp_export.calibration.prompts import embed_prompts, embed_text
 from qavp_export.description import describe, versions
+from qavp_export.engines import TOKEN_TYPES
 from qavp_export.errors import ParityError, RecipeError
 from qavp_export.manifest import Manifest
-from qavp_export.parity import Exported, check_parity
-from qavp_export.parity.tapped import TOKEN_TYPES
+from qavp_export.parity import Exported, Parity, check_parity
 from qavp_export.passes import (
     FoldWeightTransposes,
     KeepAllTokens,
@@ -91,16 +91,33 @@ def export(
         file.finish(_stage(progress, "write decoder"))
         manifest.components["decoder"] = describe_component("decoder", graphs["decoder"])
         manifest = _with_results(manifest, graphs, quantized, weights, drawn)
-        exported = Exported(
-            source.checkpoint, source.family, source.plan, settings, writer.folder, manifest, quantized.layers
-        )
-        progress("compare with PyTorch", 0, 1)
-        compare = _stage(progress, "compare with PyTorch")
-        parity = check_parity(exported, quantized.read_weight, writer.work, compare)
-        if parity.verdict == "FAIL":
-            raise ParityError(f"the exported graphs differ from PyTorch: {parity.reason}; please report this")
+        parity = compare(source, settings, writer, manifest, quantized, progress)
         progress("finish", 0, 1)
         return writer.commit(dataclasses.replace(manifest, parity=parity.to_dict()))
+
+
+def compare(
+    source: Source,
+    settings: Settings,
+    writer: BundleWriter,
+    manifest: Manifest,
+    quantized: Quantization,
+    progress: Progress,
+) -> Parity:
+    """Compares the bundle's graphs with PyTorch.
+
+    Raises:
+        ParityError: They differ.
+    """
+    exported = Exported(
+        source.checkpoint, source.family, source.plan, settings, writer.folder, manifest, quantized.layers
+    )
+    stage = _stage(progress, "compare with PyTorch")
+    stage(0, 1)
+    parity = check_parity(exported, quantized.read_weight, writer.work, stage)
+    if parity.verdict == "FAIL":
+        raise ParityError(f"the exported graphs differ from PyTorch: {parity.reason}; please report this")
+    return parity
 
 
 def identify(source: Source, settings: Settings, drawn: CalibrationSet | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qavp_export.calibration.data import CalibrationItem
-from qavp_export.engines import EngineOptions
+from qavp_export.engines import TOKEN_TYPES, EngineOptions
 from qavp_export.engines.ort import OrtEmbedding, OrtEncoders
 from qavp_export.errors import CalibrationError, ImageError, PromptError
 from qavp_export.manifest import DecoderSpec, Manifest
@@ -57,7 +57,7 @@ def embed_prompts(
             "inputs_embeds": prepared.inputs_embeds,
             "attention_mask": prepared.attention_mask,
             "position_ids": prepared.position_ids,
-            **({"token_type_ids": prepared.token_type_ids} if token_types else {}),
+            **({TOKEN_TYPES: prepared.token_type_ids} if token_types else {}),
             **cache,
         }
 
@@ -82,7 +82,7 @@ def embed_text(
     mask = np.ones_like(token_ids)
     inputs: dict[str, Array] = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
     if token_types:
-        inputs["token_type_ids"] = np.zeros_like(token_ids)
+        inputs[TOKEN_TYPES] = np.zeros_like(token_ids)
     return inputs | _empty_cache(manifest.decoder, len(token_ids))
 
 

@@ -119,8 +119,7 @@ def export_command(
             "calibration_samples": calibration_samples,
             "size_budget": size_budget,
         }
-        # A format that is asked for alone comes with the recipe that was measured to suit it.
-        recipe = recipe or ("nvfp4" if format_ == "nvfp4" else DEFAULT_PRESET)
+        recipe = recipe or _preset_for(format_)
         origin = _Origin(model, revision, offline)
         if dry_run:
             _dry_run(origin, recipe, overrides, as_json)
@@ -148,6 +147,11 @@ class _Origin:
         return resolve_model(
             self.model, revision=self.revision, offline=self.offline, config_only=config_only, progress=progress
         ).folder
+
+
+def _preset_for(format_: str | None) -> str:
+    # A format that is asked for alone comes with the recipe that was measured to suit it.
+    return "nvfp4" if format_ == "nvfp4" else DEFAULT_PRESET
 
 
 def _parse_keep(option: str | None) -> dict[str, Any]:

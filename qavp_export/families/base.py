@@ -190,16 +190,20 @@ class Family(ABC):
         [batch,N]`, or `[1,N]`.
         """
 
-    @abstractmethod
+    def text_model(self, model: Any) -> Any:
+        """Returns the decoder without its head; it has an embedding table `embed_tokens`."""
+        return model.model.language_model
+
     def embedding(self, model: Any) -> nn.Module:
         """Returns a module: `input_ids [B,S]`, `image_features [I,k,D]` -> `inputs_embeds [B,S,D]`."""
+        return MergeEmbedding(self.text_model(model).embed_tokens, int(model.config.image_token_id))
 
-    @abstractmethod
     def decoder(self, model: Any) -> nn.Module:
         """Returns a module: embeddings, mask, positions, past key/values -> logits and present key/values.
 
         `decoder_inputs`, if there are any, are its arguments between positions and past.
         """
+        return CachedDecoder(self.text_model(model), model.lm_head)
 
     def parameter_names(self, checkpoint_names: Iterable[str]) -> dict[str, str]:
         """Maps parameter names to the names of the checkpoint's tensors.

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qavp_export.engines import TOKEN_TYPES
 from qavp_export.errors import CheckpointError
-from qavp_export.families.base import BATCH, SEQUENCE, CachedDecoder, GraphInput, Plan, decoder_sizes
-from qavp_export.families.grid import GridFamily
+from qavp_export.families.base import BATCH, SEQUENCE, CachedDecoder, Family, GraphInput, Plan, decoder_sizes
 from qavp_export.families.llava import Llava
 from qavp_export.families.masks import Indices, for_attention
 
@@ -77,7 +77,7 @@ class Gemma3Decoder(CachedDecoder):
         return self.run(inputs_embeds, masks, position_ids, past_key_values)
 
 
-class Gemma3(GridFamily):
+class Gemma3(Family):
     """`model_type: gemma3`."""
 
     model_type = "gemma3"
@@ -111,7 +111,7 @@ class Gemma3(GridFamily):
     def decoder_inputs(self, plan: Plan) -> tuple[GraphInput, ...]:
         """Returns which tokens are an image's; see `Family.decoder_inputs`."""
         del plan
-        return (GraphInput("token_type_ids", torch.int64, ("batch", "sequence"), (BATCH, SEQUENCE)),)
+        return (GraphInput(TOKEN_TYPES, torch.int64, ("batch", "sequence"), (BATCH, SEQUENCE)),)
 
     def vision_encoder(self, model: Any) -> nn.Module:
         """Returns tower and projector; see `Family.vision_encoder`."""

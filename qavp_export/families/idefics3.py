@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from qavp_export.errors import CheckpointError
-from qavp_export.families.base import Plan, decoder_sizes
-from qavp_export.families.grid import GridFamily
+from qavp_export.families.base import Family, Plan, decoder_sizes
 
 
 class Idefics3Vision(nn.Module):
@@ -56,7 +55,7 @@ def full_tile_positions(side: int) -> Tensor:
         return (buckets[:, None] * side + buckets).reshape(-1)
 
 
-class Idefics3(GridFamily):
+class Idefics3(Family):
     """`model_type: idefics3`."""
 
     model_type = "idefics3"

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qavp_export.errors import CheckpointError
-from qavp_export.families.base import Plan, decoder_sizes
-from qavp_export.families.grid import GridFamily
+from qavp_export.families.base import Family, Plan, decoder_sizes
 from qavp_export.families.llava import Llava
 
 
@@ -50,7 +49,7 @@ class InternVLVision(nn.Module):
         return shuffled.flatten(1, 2)
 
 
-class InternVL(GridFamily):
+class InternVL(Family):
     """`model_type: internvl`."""
 
     model_type = "internvl"

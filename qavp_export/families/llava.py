@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qavp_export.families.base import CachedDecoder, Family, MergeEmbedding, Plan, decoder_sizes
+from qavp_export.families.base import Family, Plan, decoder_sizes
 from qavp_export.numerics.semantic import Scorer
 
 
@@ -73,16 +73,13 @@ class Llava(Family):
         """Returns tower and projector; see `Family.vision_encoder`."""
         return LlavaVision(model.model, *selection(model.config))
 
-    def embedding(self, model: Any) -> nn.Module:
-        """Returns the merging embedding; see `Family.embedding`."""
-        return MergeEmbedding(model.model.language_model.embed_tokens, int(model.config.image_token_id))
 
-    def decoder(self, model: Any) -> nn.Module:
-        """Returns the language model with its cache unpacked; see `Family.decoder`."""
-        return CachedDecoder(model.model.language_model, model.lm_head)
+def feature_layers(config: Any) -> list[int]:
+    """Returns which hidden states of the vision tower feed the projector."""
+    layer = config.vision_feature_layer
+    return [layer] if isinstance(layer, int) else list(layer)
 
 
 def selection(config: Any) -> tuple[list[int], bool]:
     """Returns which hidden states feed the projector, and whether their first token is dropped."""
-    layer = config.vision_feature_layer
-    return [layer] if isinstance(layer, int) else list(layer), config.vision_feature_select_strategy == "default"
+    return feature_layers(config), config.vision_feature_select_strategy == "default"

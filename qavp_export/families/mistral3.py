@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qavp_export.errors import CheckpointError
 from qavp_export.families.base import GraphInput, Plan, decoder_sizes
-from qavp_export.families.llava import Llava
+from qavp_export.families.llava import Llava, feature_layers
 from qavp_export.numerics.semantic import Scorer
 
 # Rows and columns of tokens to trace with, and to draw images of: turned, an image has as many tokens.
@@ -136,7 +136,7 @@ class Pixtral(Llava):
 
     def vision_encoder(self, model: Any) -> nn.Module:
         """Returns tower and projector; see `Family.vision_encoder`."""
-        return PixtralVision(model.model, _layers(model.config))
+        return PixtralVision(model.model, feature_layers(model.config))
 
 
 class Mistral3(Pixtral):
@@ -147,7 +147,7 @@ class Mistral3(Pixtral):
 
     def plan(self, config: Any) -> Plan:
         """Returns the sizes of a Mistral 3 model; see `Family.plan`."""
-        if len(_layers(config)) != 1:
+        if len(feature_layers(config)) != 1:
             raise CheckpointError(
                 f"config.json names vision_feature_layer {config.vision_feature_layer}, and the projector of Mistral 3 "
                 "reads one; set it to one layer"
@@ -161,7 +161,7 @@ class Mistral3(Pixtral):
 
     def vision_encoder(self, model: Any) -> nn.Module:
         """Returns tower, merger and projector; see `Family.vision_encoder`."""
-        return Mistral3Vision(model.model, _layers(model.config))
+        return Mistral3Vision(model.model, feature_layers(model.config))
 
 
 def _size(plan: Plan) -> tuple[int, int]:
@@ -170,8 +170,3 @@ def _size(plan: Plan) -> tuple[int, int]:
         raise ValueError("a Pixtral tower has a patch size")
     cell = plan.patch_size * plan.merge_size
     return _GRID[0] * cell, _GRID[1] * cell
-
-
-def _layers(config: Any) -> list[int]:
-    layer = config.vision_feature_layer
-    return [layer] if isinstance(layer, int) else list(layer)

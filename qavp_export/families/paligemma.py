@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qavp_export.families.base import CachedDecoder, Plan, decoder_sizes
-from qavp_export.families.grid import GridFamily
+from qavp_export.families.base import CachedDecoder, Family, Plan, decoder_sizes
 from qavp_export.families.llava import Llava
 from qavp_export.families.masks import Indices, for_attention
 
@@ -69,7 +68,7 @@ class PrefixDecoder(CachedDecoder):
         return logits, present
 
 
-class PaliGemma(GridFamily):
+class PaliGemma(Family):
     """`model_type: paligemma`."""
 
     model_type = "paligemma"

@@ -6,12 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from qavp_export.families.base import Plan, decoder_sizes
-from qavp_export.families.grid import GridFamily
-from qavp_export.families.llava import Llava, LlavaVision
+from qavp_export.families.base import Family, Plan, decoder_sizes
+from qavp_export.families.llava import Llava, LlavaVision, feature_layers
 
 
-class VipLlava(GridFamily):
+class VipLlava(Family):
     """`model_type: vipllava`."""
 
     model_type = "vipllava"
@@ -36,6 +35,4 @@ class VipLlava(GridFamily):
 
     def vision_encoder(self, model: Any) -> nn.Module:
         """Returns tower and projector; see `Family.vision_encoder`."""
-        layer = model.config.vision_feature_layer
-        layers = [layer] if isinstance(layer, int) else list(layer)
-        return LlavaVision(model.model, layers, drop_first=True)
+        return LlavaVision(model.model, feature_layers(model.config), drop_first=True)

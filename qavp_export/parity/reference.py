@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from qavp_export.engines import FloatArray, IntArray
+from qavp_export.engines import TOKEN_TYPES, FloatArray, IntArray
 from qavp_export.families import Family, Plan
 from qavp_export.parity.layers import Agreement, DecoderLayer, LayerHooks
 from qavp_export.parity.prompts import Prompts
-from qavp_export.parity.tapped import TOKEN_TYPES
 from qavp_export.parity.weights import WeightComparison
 from qavp_export.settings import Settings
 

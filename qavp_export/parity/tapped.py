@@ -11,12 +11,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort  # type: ignore[import-untyped]
 
-from qavp_export.engines import EngineOptions, FloatArray
+from qavp_export.engines import TOKEN_TYPES, EngineOptions, FloatArray
 from qavp_export.engines.ort import session_options
 from qavp_export.parity.prompts import Prompts
-
-# What the decoders of families declare beyond the contract: 1 for image tokens.
-TOKEN_TYPES = "token_type_ids"
 
 
 @dataclass(frozen=True)

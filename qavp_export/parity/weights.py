@@ -14,7 +14,7 @@ from torch import nn
 
 from qavp_export.engines import FloatArray
 from qavp_export.parity.layers import Agreement, DecoderLayer, quantize_weight
-from qavp_export.passes._parallel import run_blocks
+from qavp_export.passes._parallel import cut_rows, run_blocks
 from qavp_export.settings import Settings
 
 # Of a weight and what GPTQ made of it, which may shrink it where its input is mostly noise; 0 for codes of another.
@@ -108,7 +108,7 @@ class WeightComparison:
 
     def _folded(self, layer: DecoderLayer, weight: torch.Tensor) -> Iterator[tuple[slice, FloatArray]]:
         """Yields the checkpoint's weight, by rows, with everything folded in that the graph's has."""
-        blocks = _blocks(*weight.shape)
+        blocks = cut_rows(weight.shape, _BLOCK_VALUES)
         if layer.rotation.output is None:
             for rows in blocks:
                 yield rows, self._fold_inputs(layer, weight[rows])
@@ -118,7 +118,7 @@ class WeightComparison:
         output = layer.rotation.output
         run_blocks(
             lambda columns: np.copyto(turned[:, columns], output.apply(turned[:, columns].T).T.astype(np.float32)),
-            _blocks(*weight.T.shape),
+            cut_rows(weight.T.shape, _BLOCK_VALUES),
         )
         for rows in blocks:
             yield rows, turned[rows]
@@ -190,8 +190,3 @@ def _cosine(pairs: Iterable[tuple[FloatArray, FloatArray]]) -> float:
         b = np.ascontiguousarray(other)
         products += [np.vdot(one, b), np.vdot(one, one), np.vdot(b, b)]
     return float(products[0] / np.sqrt(products[1] * products[2])) if products[1] and products[2] else 1.0
-
-
-def _blocks(count: int, width: int) -> list[slice]:
-    step = max(1, _BLOCK_VALUES // width)
-    return [slice(start, start + step) for start in range(0, count, step)]

@@ -279,3 +279,18 @@ def transformers_answer_to(case: Case, steps: int, embeds: Array, mask: Array, *
         attention = torch.cat([attention, torch.ones_like(answer[-1])], dim=1)
         given = {"input_ids": answer[-1], "past_key_values": output.past_key_values}
     return Answer(torch.cat(answer, dim=1).numpy(), torch.stack(all_logits, dim=1).numpy())
+
+
+def traced_vision(folder: Path, family: Family) -> tuple[Any, ir.Model]:
+    """Returns a checkpoint as transformers loads it, with eager attention, and its vision graph with those weights."""
+    config = AutoConfig.from_pretrained(folder)
+    reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    parameters = dict(reference.named_parameters())
+
+    def weight(name: str, shape: tuple[int, ...]) -> ir.TensorProtocol:
+        assert tuple(parameters[name].shape) == shape
+        return ir.tensor(parameters[name].detach().numpy())
+
+    skeleton, mode = build_skeleton(config)
+    graphs = pipeline.trace_components(family, family.plan(config), skeleton, mode, weight, lambda *_: None)
+    return reference.eval(), graphs["vision_encoder"]

@@ -15,7 +15,6 @@ import onnx_ir as ir
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qavp_export import QavpModel, pipeline
 from qavp_export.errors import CheckpointError, GraphError
@@ -27,7 +26,8 @@ from qavp_export.numerics.semantic import norm_relevance, random_relevance
 from qavp_export.passes import KeepAllTokens, PruneVisionTokens
 from qavp_export.recipe import make_recipe
 from qavp_export.runtime.processors import load_processor
-from qavp_export.tracing import PARAMETER, build_skeleton
+from qavp_export.tracing import PARAMETER
+from tests.families.harness import traced_vision
 from tests.models.mistral3 import MERGE, PATCH, make_mistral3, make_pixtral
 from tests.passes.graphs import run
 
@@ -94,17 +94,9 @@ def _image(size: tuple[int, int]) -> Image.Image:
 @pytest.fixture(scope="module", params=list(MAKERS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> _Model:
     folder = MAKERS[request.param](tmp_path_factory.mktemp("native") / request.param)
-    config, family = AutoConfig.from_pretrained(folder), FAMILIES[request.param]
-    reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    parameters = dict(reference.named_parameters())
-
-    def weight(name: str, shape: tuple[int, ...]) -> ir.TensorProtocol:
-        assert tuple(parameters[name].shape) == shape
-        return ir.tensor(parameters[name].detach().numpy())
-
-    skeleton, mode = build_skeleton(config)
-    graphs = pipeline.trace_components(family, family.plan(config), skeleton, mode, weight, lambda *_: None)
-    return _Model(folder, reference.eval(), graphs["vision_encoder"], family)
+    family = FAMILIES[request.param]
+    reference, graph = traced_vision(folder, family)
+    return _Model(folder, reference, graph, family)
 
 
 def test_unpruned_features_are_those_of_transformers(model: _Model) -> None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, CLIPVisionConfig
+from transformers import CLIPVisionConfig
 
 from qavp_export import QavpModel, pipeline
 from qavp_export.errors import CheckpointError, GraphError
@@ -26,7 +26,8 @@ from qavp_export.passes import KeepAllTokens, PruneVisionTokens
 from qavp_export.recipe import make_recipe
 from qavp_export.runtime.processors import load_processor
 from qavp_export.runtime.tiles import count_tiles, pack_tiles
-from qavp_export.tracing import PARAMETER, build_skeleton
+from qavp_export.tracing import PARAMETER
+from tests.families.harness import traced_vision
 from tests.models.llava_next import PATCH, SIDE, make_llava_next, make_llava_onevision
 from tests.passes.graphs import run
 
@@ -72,17 +73,9 @@ class _Model:
 @pytest.fixture(scope="module", params=list(MAKERS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> _Model:
     folder = MAKERS[request.param](tmp_path_factory.mktemp("tiles") / request.param)
-    config, family = AutoConfig.from_pretrained(folder), FAMILIES[request.param]
-    reference = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    parameters = dict(reference.named_parameters())
-
-    def weight(name: str, shape: tuple[int, ...]) -> ir.TensorProtocol:
-        assert tuple(parameters[name].shape) == shape
-        return ir.tensor(parameters[name].detach().numpy())
-
-    skeleton, mode = build_skeleton(config)
-    graphs = pipeline.trace_components(family, family.plan(config), skeleton, mode, weight, lambda *_: None)
-    return _Model(folder, reference.eval(), graphs["vision_encoder"], family.layout_settings(config))
+    family = FAMILIES[request.param]
+    reference, graph = traced_vision(folder, family)
+    return _Model(folder, reference, graph, family.layout_settings(reference.config))
 
 
 def test_unpruned_features_are_those_of_transformers(model: _Model) -> None:

@@ -21,7 +21,7 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from tests.models.tiny import CHAT_TEMPLATE
-from tests.models.words import BOS, EOS, PAD, randomize, save_parts, word_tokenizer
+from tests.models.words import randomize, save_parts, tiny_text, word_tokenizer
 
 SIDE, PATCH, VOCAB = 36, 4, 73
 _ROWS = [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
@@ -63,18 +63,7 @@ def _make(folder: Path, config_type: type, vision_type: type, model_type: type) 
             image_size=SIDE,
             patch_size=PATCH,
         ),
-        text_config=LlamaConfig(
-            hidden_size=96,
-            intermediate_size=160,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            vocab_size=VOCAB,
-            max_position_embeddings=256,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        ),
+        text_config=tiny_text(LlamaConfig, VOCAB, 256),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=3,
         tie_word_embeddings=True,

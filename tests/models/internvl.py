@@ -10,7 +10,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
 from tests.models.tiny import CHAT_TEMPLATE
-from tests.models.words import BOS, EOS, PAD, randomize, save_parts, word_tokenizer
+from tests.models.words import randomize, save_parts, tiny_text, word_tokenizer
 
 SIDE, PATCH, VOCAB = 32, 4, 71
 _NAMED = {
@@ -35,19 +35,7 @@ def make_internvl(folder: Path) -> Path:
             image_size=[SIDE, SIDE],
             patch_size=[PATCH, PATCH],
         ),
-        text_config=Qwen2Config(
-            hidden_size=96,
-            intermediate_size=160,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            vocab_size=VOCAB,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        ),
+        text_config=tiny_text(Qwen2Config, VOCAB, 256, tie_word_embeddings=True),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=16,
         downsample_ratio=0.5,

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from tests.models.tiny import CHAT_TEMPLATE
-from tests.models.words import BOS, EOS, PAD, randomize, word_tokenizer
+from tests.models.words import randomize, tiny_text, word_tokenizer
 
 SIDE, PATCH, VOCAB = 40, 8, 67
 
@@ -33,18 +33,7 @@ def make_vipllava(folder: Path) -> Path:
             image_size=SIDE,
             patch_size=PATCH,
         ),
-        text_config=LlamaConfig(
-            hidden_size=96,
-            intermediate_size=160,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            vocab_size=VOCAB,
-            max_position_embeddings=128,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        ),
+        text_config=tiny_text(LlamaConfig, VOCAB, 128),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=[-2, -4, 2],
         image_seq_length=(SIDE // PATCH) ** 2,

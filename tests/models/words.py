@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from tests.models.tiny import WORDS
 
@@ -43,6 +43,23 @@ def word_tokenizer(
     unnamed = [token for token in special if token not in (named or {}).values()]
     fast.add_tokens(unnamed, special_tokens=True)
     return fast
+
+
+def tiny_text(kind: type[PreTrainedConfig], vocab: int, context: int, **settings: Any) -> PreTrainedConfig:
+    """Returns the configuration of a decoder with grouped-query attention and sizes that are no powers of two."""
+    return kind(
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=vocab,
+        max_position_embeddings=context,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        **settings,
+    )
 
 
 def save_parts(
