@@ -33,10 +33,19 @@ class EngineOptions:
     Attributes:
         threads: Threads inside one operator; None leaves the choice to the backend.
         graph_optimization: What the backend may rewrite on load: `disable`, `basic`, `extended` or `all`.
+        vision: How the vision tower runs: `w8a8` or `fp32`; None leaves the choice to the engine.
+        cpu_memory: `high` keeps weights expanded for prompts and packed for single tokens; `low` keeps them packed
+            only, at lower speed.
+        spinning: Whether threads wait for work by spinning.
+        memory_arena: Whether memory for activations is kept from call to call.
     """
 
     threads: int | None = None
     graph_optimization: str = "all"
+    vision: str | None = None
+    cpu_memory: str = "high"
+    spinning: bool = True
+    memory_arena: bool = True
 
 
 class DecoderSession(Protocol):
@@ -48,6 +57,8 @@ class DecoderSession(Protocol):
         attention_mask: IntArray,
         position_ids: IntArray,
         token_type_ids: IntArray | None = None,
+        *,
+        logits_to_keep: int = 0,
     ) -> FloatArray:
         """Runs the prompts and fills the cache.
 
@@ -57,9 +68,10 @@ class DecoderSession(Protocol):
             position_ids: Position of each token `[B, S]`.
             token_type_ids: 1 for a vision token, 0 for others `[B, S]`; None: no vision tokens. Only decoders that
                 list it as an input read it.
+            logits_to_keep: How many last positions are wanted; 0: all.
 
         Returns:
-            Logits `[B, S, V]`.
+            Logits `[B, S', V]` of the last S' positions.
         """
 
     def decode(self, input_ids: IntArray, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
@@ -114,8 +126,12 @@ class Encoders(Protocol):
 class Engine(Encoders, Protocol):
     """A bundle opened by one backend. Serves calls from several threads at once."""
 
-    def start(self) -> DecoderSession:
-        """Starts a generation with an empty cache."""
+    def start(self, capacity: int = 0) -> DecoderSession:
+        """Starts a generation with an empty cache.
+
+        Args:
+            capacity: Tokens of prompt and answer that memory is set aside for; more are possible, for a copy.
+        """
 
 
 class EngineFactory(Protocol):
@@ -145,11 +161,23 @@ class EngineEntry:
 ENGINES: Mapping[str, EngineEntry] = MappingProxyType(
     {
         "ort-cpu": EngineEntry(
-            module="qavp_export.engines.ort",
+            module="qavp_export.engines.ort.cpu",
             attribute="OrtCpuEngine",
             requires="onnxruntime",
             install="onnxruntime-gpu (onnxruntime on macOS)",
-        )
+        ),
+        "ort-cuda": EngineEntry(
+            module="qavp_export.engines.ort.cuda",
+            attribute="OrtCudaEngine",
+            requires="onnxruntime",
+            install="onnxruntime-gpu",
+        ),
+        "ort-reference": EngineEntry(
+            module="qavp_export.engines.ort.reference",
+            attribute="OrtReferenceEngine",
+            requires="onnxruntime",
+            install="onnxruntime-gpu (onnxruntime on macOS)",
+        ),
     }
 )
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from qavp_export.errors import BundleError
 
 MANIFEST_NAME = "qavp.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _Section = TypeVar("_Section")
 
@@ -132,6 +132,8 @@ class Manifest:
         checkpoint_bytes: Size of the checkpoint's tensors.
         checkpoint_quantization: How the checkpoint itself stores quantized weights; None if they are floats.
         parity: What the parity check compared and found.
+        engines: What was built for each engine, by name: its folder, how many layers of each graph run in which
+            precision, and what could not be lowered.
         versions: Versions of qavp-export and the libraries that wrote the graphs.
         files: Every other file of the bundle.
         schema_version: Version of this layout.
@@ -151,6 +153,7 @@ class Manifest:
     checkpoint_quantization: dict[str, Any] | None
     parity: dict[str, Any]
     versions: dict[str, str]
+    engines: dict[str, Any] = field(default_factory=dict)
     files: list[FileEntry] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 

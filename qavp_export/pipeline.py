@@ -16,6 +16,7 @@ from qavp_export.calibration import CalibrationSet, demo_calibration, read_calib
 from qavp_export.calibration.prompts import embed_prompts, embed_text
 from qavp_export.description import describe, versions
 from qavp_export.engines import TOKEN_TYPES
+from qavp_export.engines.ort.lowering.build import build_engines
 from qavp_export.errors import ParityError, RecipeError
 from qavp_export.manifest import Manifest
 from qavp_export.parity import Exported, Parity, check_parity
@@ -91,6 +92,8 @@ def export(
         file.finish(_stage(progress, "write decoder"))
         manifest.components["decoder"] = describe_component("decoder", graphs["decoder"])
         manifest = _with_results(manifest, graphs, quantized, weights, drawn)
+        progress("lower", 0, 1)
+        manifest = dataclasses.replace(manifest, engines=build_engines(writer.folder, manifest))
         parity = compare(source, settings, writer, manifest, quantized, progress)
         progress("finish", 0, 1)
         return writer.commit(dataclasses.replace(manifest, parity=parity.to_dict()))

@@ -8,13 +8,14 @@ import onnx
 
 from qavp_export.bundle import verify_files
 from qavp_export.engines import EngineOptions, load_engine
-from qavp_export.engines.ort import OrtEncoders
+from qavp_export.engines.ort.encoders import OrtEncoders
+from qavp_export.engines.ort.plan import EnginePlan
 from qavp_export.errors import BundleError, UnavailableError
 from qavp_export.manifest import Manifest
 
 
 def verify(bundle: Path) -> Manifest:
-    """Re-checks every hash of a bundle and loads every graph.
+    """Re-checks every hash of a bundle, loads every canonical graph, and looks up the weights of lowered ones.
 
     Returns:
         The bundle's manifest.
@@ -30,8 +31,11 @@ def verify(bundle: Path) -> Manifest:
             onnx.checker.check_model(path)
         except (onnx.checker.ValidationError, OSError, ValueError) as error:
             raise BundleError(f"{path} is not a valid graph ({error}); export the bundle again") from error
+    for engine in manifest.engines.values():
+        folder = bundle / engine["folder"]
+        EnginePlan.read(folder).check(bundle, folder)
     try:
-        load_engine("ort-cpu", bundle, manifest, EngineOptions())
+        load_engine("ort-reference", bundle, manifest, EngineOptions())
     except UnavailableError:
         # A decoder in a format that no engine here runs: the checker above has read it.
         OrtEncoders(bundle, manifest, EngineOptions())

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from qavp_export import QavpModel, pipeline
+from qavp_export import EngineOptions, QavpModel, pipeline
 from qavp_export.calibration import CalibrationItem, demo_calibration
 from qavp_export.calibration.prompts import embed_prompts
 from qavp_export.errors import RecipeError
@@ -267,7 +267,7 @@ def test_gptq_calibrates_on_pruned_prompts(tmp_path: Path, tiny_llava: Path, mon
     _export(tiny_llava, tmp_path / "bundle", "gptq", keep=0.3, calibration_samples=3, seed=5)
     assert tuple(item for item, _ in seen) == demo_calibration(3, 5).items
     # Unoptimized, as calibration runs it: fusions would sum in another order.
-    bundle = QavpModel.from_bundle(tmp_path / "bundle", graph_optimization="disable")
+    bundle = QavpModel.from_bundle(tmp_path / "bundle", "ort-reference", EngineOptions(graph_optimization="disable"))
     for item, prompt in seen:
         assert item.answer is not None
         # <bos>, 8 of 25 vision tokens, the question, `answer` (the template's) and the answer itself; words are tokens.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from qavp_export.calibration.data import CalibrationItem
 from qavp_export.engines import TOKEN_TYPES, EngineOptions
-from qavp_export.engines.ort import OrtEmbedding, OrtEncoders
+from qavp_export.engines.ort.encoders import OrtEmbedding, OrtEncoders
 from qavp_export.errors import CalibrationError, ImageError, PromptError
 from qavp_export.manifest import DecoderSpec, Manifest
 from qavp_export.runtime.preparation import Preparer

@@ -14,7 +14,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from onnx_ir.convenience import extract
 
 from qavp_export.engines import EngineOptions
-from qavp_export.engines.ort import session_options
+from qavp_export.engines.ort.session import session_options
 from qavp_export.passes import by_output_channel
 from qavp_export.passes._linear import is_linear
 

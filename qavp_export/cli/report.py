@@ -101,6 +101,7 @@ def summary(manifest: Manifest, bundle: Path) -> dict[str, Any]:
         "bundle_bytes": sum(entry.bytes for entry in manifest.files),
         "component_bytes": sizes,
         "parity": manifest.parity,
+        "engines": manifest.engines,
     }
 
 
@@ -126,8 +127,20 @@ def print_summary(manifest: Manifest, bundle: Path, title: str) -> None:
     for component, count in facts["component_bytes"].items():
         table.add_row(f"  {component}/{GRAPH_NAME}", megabytes(count))
     table.add_row("parity with PyTorch", _parity_line(manifest.parity))
+    for name, engine in manifest.engines.items():
+        table.add_row(f"engine {name}", _engine_line(engine))
     table.add_row("bundle", str(bundle))
     Console().print(table)
+
+
+def _engine_line(engine: Mapping[str, Any]) -> str:
+    """Says what a lowered engine's graphs run in; what stands in for another on some processors is left out."""
+    runs = [
+        f"{graph} {', '.join(precisions)}"
+        for graph, precisions in engine["precision"].items()
+        if not graph.endswith(".unsigned")
+    ]
+    return "; ".join([*runs, *engine["notes"]])
 
 
 def print_estimate(plan: Estimate, model: str) -> None:

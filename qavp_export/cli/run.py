@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from qavp_export.cli.common import run_command
+from qavp_export.engines import EngineOptions
 from qavp_export.runtime import QavpModel, Sampling
 
 _HELP = """Ask a bundle a question about one or several images; the answer streams to stdout.
@@ -62,6 +63,19 @@ def run(  # noqa: D103
     ] = None,
     engine: Annotated[str, typer.Option(help="What runs the bundle.")] = "ort-cpu",
     threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
+    vision: Annotated[
+        str | None, typer.Option(help="Vision tower of engine ort-cpu: w8a8 or fp32.", show_default="w8a8")
+    ] = None,
+    cpu_memory: Annotated[
+        str, typer.Option(help="low: weights of engine ort-cpu stay packed for prompts too, which is slower.")
+    ] = "high",
+    spinning: Annotated[
+        bool, typer.Option("--spinning/--no-spinning", help="Whether threads wait for work by spinning.")
+    ] = True,
+    memory_arena: Annotated[
+        bool,
+        typer.Option("--memory-arena/--no-memory-arena", help="Whether memory for activations is kept between runs."),
+    ] = True,
     raw: Annotated[
         bool, typer.Option("--raw", help="No chat template: the prompt holds one image token for each image.")
     ] = False,
@@ -72,7 +86,10 @@ def run(  # noqa: D103
 ) -> None:
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     started = time.perf_counter()
-    model = QavpModel.from_bundle(bundle, engine=engine, threads=threads)
+    options = EngineOptions(
+        threads=threads, vision=vision, cpu_memory=cpu_memory, spinning=spinning, memory_arena=memory_arena
+    )
+    model = QavpModel.from_bundle(bundle, engine, options)
     load_seconds = time.perf_counter() - started
     answer = _Answer()
     prepared = model.prepare(image, prompt, chat_template=not raw, keep=keep)

@@ -57,9 +57,12 @@ class EngineCache(Cache):
         if prepared is None:
             raise InputError("the prompts have been run; start a new generation with generate()")
         logits = self._session.prefill(
-            prepared.inputs_embeds, prepared.attention_mask, prepared.position_ids, prepared.token_type_ids
+            prepared.inputs_embeds,
+            prepared.attention_mask,
+            prepared.position_ids,
+            prepared.token_type_ids,
+            logits_to_keep=min(logits_to_keep, prepared.attention_mask.shape[1]),
         )
-        logits = logits[:, -logits_to_keep:]
         self._length = input_ids.shape[1]
         repeats = len(input_ids) // len(logits)
         if repeats == 1:

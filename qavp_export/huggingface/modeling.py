@@ -22,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from qavp_export.engines import EngineOptions
 from qavp_export.errors import BundleError, InputError, PromptError
 from qavp_export.huggingface.cache import EngineCache
 from qavp_export.huggingface.hub import HubOptions, find_bundle
@@ -84,8 +85,7 @@ class QavpForImageTextToText(OptimizedModel, GenerationMixin):  # type: ignore[m
         token: bool | str | None = None,
         *,
         engine: str = "ort-cpu",
-        threads: int | None = None,
-        graph_optimization: str = "all",
+        options: EngineOptions | None = None,
     ) -> QavpForImageTextToText:
         """Loads a bundle from a folder or from the Hub.
 
@@ -101,8 +101,7 @@ class QavpForImageTextToText(OptimizedModel, GenerationMixin):  # type: ignore[m
             cache_dir: The Hub cache to use instead of the user's.
             token: Token for private repositories.
             engine: See `QavpModel.from_bundle`.
-            threads: See `QavpModel.from_bundle`.
-            graph_optimization: See `QavpModel.from_bundle`.
+            options: See `QavpModel.from_bundle`.
 
         Raises:
             InputError: An argument is wrong.
@@ -116,9 +115,9 @@ class QavpForImageTextToText(OptimizedModel, GenerationMixin):  # type: ignore[m
         if trust_remote_code:
             raise InputError("trust_remote_code=True is not supported: a bundle has no code to run; leave it out")
         cache = None if cache_dir is None else Path(cache_dir)
-        options = HubOptions(subfolder, revision, force_download, local_files_only, cache, token)
-        bundle = find_bundle(model_id, options)
-        model = QavpModel.from_bundle(bundle, engine, threads, graph_optimization)
+        hub = HubOptions(subfolder, revision, force_download, local_files_only, cache, token)
+        bundle = find_bundle(model_id, hub)
+        model = QavpModel.from_bundle(bundle, engine, options)
         if not isinstance(config, PreTrainedConfig):
             config = _load_config(bundle if config is None else Path(config))
         return cls(model, config, _generation_config(bundle, config, model), bundle)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qavp_export.engines import FloatArray, IntArray
-from qavp_export.engines.ort import OrtEncoders
+from qavp_export.engines.ort.encoders import OrtEncoders
 from qavp_export.memory import release_memory
 from qavp_export.parity.decoders import PLAIN, Comparison, Exported, compare_complete, compare_layers
 from qavp_export.parity.layers import Agreement

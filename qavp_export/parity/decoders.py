@@ -16,7 +16,7 @@ from torch import nn
 from qavp_export.calibration.walk import Walk
 from qavp_export.checkpoint import Checkpoint
 from qavp_export.engines import EngineOptions, FloatArray, IntArray
-from qavp_export.engines.ort import OrtEncoders
+from qavp_export.engines.ort.encoders import OrtEncoders
 from qavp_export.families import Family, Plan
 from qavp_export.manifest import Manifest
 from qavp_export.parity.layers import Agreement, DecoderLayer

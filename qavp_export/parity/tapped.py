@@ -12,7 +12,7 @@ import onnx
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from qavp_export.engines import TOKEN_TYPES, EngineOptions, FloatArray
-from qavp_export.engines.ort import session_options
+from qavp_export.engines.ort.session import session_options
 from qavp_export.parity.prompts import Prompts
 
 

@@ -32,13 +32,15 @@ def generate_tokens(
     """
     decoder = manifest.decoder
     sampler = Sampler(sampling, len(prepared.input_ids), manifest.vision_tokens.image_token_id)
-    session = engine.start()
     mask = prepared.attention_mask
     positions = prepared.next_positions.copy()
     budgets = np.minimum(max_new_tokens, decoder.context_length - positions)
+    session = engine.start(mask.shape[1] + int(budgets.max()))
     live = np.ones(len(positions), dtype=np.bool_)
     step = 0
-    logits = session.prefill(prepared.inputs_embeds, mask, prepared.position_ids, prepared.token_type_ids)
+    logits = session.prefill(
+        prepared.inputs_embeds, mask, prepared.position_ids, prepared.token_type_ids, logits_to_keep=1
+    )
     while True:
         tokens = sampler.choose(logits[:, -1], live)
         yield [int(token) if alive else None for token, alive in zip(tokens, live, strict=True)]

@@ -57,16 +57,14 @@ class QavpModel:
         cls,
         bundle: str | os.PathLike[str],
         engine: str = "ort-cpu",
-        threads: int | None = None,
-        graph_optimization: str = "all",
+        options: EngineOptions | None = None,
     ) -> QavpModel:
         """Loads a bundle.
 
         Args:
             bundle: Folder that qavp-export wrote.
             engine: What runs it; `qavp_export.engines.available_engines()` lists the names.
-            threads: Threads inside one operator; None: as many as there are cores.
-            graph_optimization: `disable`, `basic`, `extended` or `all`.
+            options: How it runs: threads, precision of the vision tower, memory; None: the engine's defaults.
 
         Raises:
             BundleError: The folder is not a whole bundle.
@@ -75,8 +73,7 @@ class QavpModel:
         """
         folder = Path(bundle)
         manifest = Manifest.read(folder)
-        options = EngineOptions(threads=threads, graph_optimization=graph_optimization)
-        return cls(folder, manifest, load_engine(engine, folder, manifest, options))
+        return cls(folder, manifest, load_engine(engine, folder, manifest, options or EngineOptions()))
 
     def prepare(
         self, images: Images, prompts: str | Prompts, *, chat_template: bool = True, keep: float | None = None

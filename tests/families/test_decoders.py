@@ -1,7 +1,9 @@
-"""Decoders of every kind, from the traced graph: greedy tokens of LLaVA in ONNX Runtime against transformers."""
+"""Decoders of every kind, from the traced graph: greedy tokens against transformers; lowered attention."""
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +15,17 @@ from qavp_export.errors import CheckpointError
 from qavp_export.families import FAMILIES, Plan
 from qavp_export.tracing import build_skeleton
 from qavp_export.tracing.trace import _decoder_request, _trace
+from tests.engines.cached_decoders import check_lowered
 from tests.families.harness import Array, Runner, open_graph, transformers_answer
 from tests.models.decoders import VARIANTS, random_variant, variant_config
 
 STEPS = 12
 
 
-def _trace_decoder(model: Any) -> tuple[ir.Model, Plan]:
-    """Traces the decoder alone, with the weights of a model."""
+@cache
+def _traced(name: str) -> tuple[Any, ir.Model, Plan]:
+    """Traces the decoder of a variant alone; returns the variant's random model too."""
+    model = random_variant(name)
     family = FAMILIES["llava"]
     plan = family.plan(model.config)
     skeleton, mode = build_skeleton(model.config)
@@ -32,13 +37,12 @@ def _trace_decoder(model: Any) -> tuple[ir.Model, Plan]:
         module, leaf = name.rsplit(".", 1)
         return ir.tensor(getattr(model.get_submodule(module), leaf).detach().numpy(), name=name)
 
-    return _trace(request, mode, modules, weight), plan
+    return model, _trace(request, mode, modules, weight), plan
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tokens_equal_transformers(name: str) -> None:
-    model = random_variant(name)
-    graph, plan = _trace_decoder(model)
+    model, graph, plan = _traced(name)
     rng = np.random.default_rng(5)
     # 38 and 31 tokens: longer than windows and original lengths, or reaching them while the answer grows.
     ids = rng.integers(5, plan.vocab_size, (2, 38))
@@ -54,6 +58,12 @@ def test_tokens_equal_transformers(name: str) -> None:
     inputs = {"inputs_embeds": table(torch.from_numpy(ids)), "attention_mask": torch.from_numpy(mask)}
     expected = transformers_answer(model, STEPS, plan.image_token_id, **inputs)
     runner.decode(embed(ids), mask, embed, STEPS).check(expected)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_lowered_attention_equals_the_canonical_graph(name: str, tmp_path: Path) -> None:
+    _, graph, plan = _traced(name)
+    check_lowered(graph, plan, tmp_path, one_graph=True)
 
 
 # What scaled rotary embeddings reach. `max_position_embeddings` is 32 for the first two, and 128.

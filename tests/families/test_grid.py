@@ -19,6 +19,7 @@ from qavp_export.families.idefics3 import full_tile_positions
 from qavp_export.numerics.score import hybrid_token_score
 from qavp_export.numerics.select import select_topk
 from qavp_export.recipe import DEFAULT_PRESET, make_recipe
+from tests.engines.cached_decoders import check_lowered
 from tests.families.harness import ROUNDING, Array, Batch, Case, transformers_answer, transformers_answer_to
 from tests.models.gemma3 import make_gemma3
 from tests.models.idefics3 import make_idefics3, make_smolvlm
@@ -101,6 +102,17 @@ def test_unpruned_equals_transformers(case_of: Callable[[str], Case], name: str)
     # Several tokens at a time see what each saw.
     again = runner.replay(batch.ids, batch.mask, features, answer.tokens)
     np.testing.assert_allclose(again, answer.logits, rtol=0, atol=ROUNDING * np.abs(again).max())
+
+
+# Their prompts are seen as a whole, or each image is.
+NOT_CAUSAL = ("gemma3", "paligemma", "paligemma2")
+
+
+def test_lowered_attention_equals_the_canonical_graph(
+    case_of: Callable[[str], Case], name: str, tmp_path: Path
+) -> None:
+    case = case_of(name)
+    check_lowered(case.graphs["decoder"], case.plan, tmp_path, one_graph=name not in NOT_CAUSAL, vision=slice(9, 20))
 
 
 def test_pruned_equals_transformers_fed_the_same_tokens(case_of: Callable[[str], Case], name: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qavp_export import QavpModel, pipeline
+from qavp_export import EngineOptions, QavpModel, pipeline
 from qavp_export.errors import CheckpointError, GraphError
 from qavp_export.families import FAMILIES, Family, family_of
 from qavp_export.manifest import Manifest
@@ -138,7 +138,10 @@ def test_pruned_graph_keeps_what_the_reference_keeps(model: _Model, scorer: str)
 
 def test_unpruned_bundle_answers_as_transformers_does(model: _Model, tmp_path: Path) -> None:
     assert model.bundle(tmp_path / "bundle", keep=1.0).parity["verdict"] == "PASS"
-    bundle, processor = QavpModel.from_bundle(tmp_path / "bundle", threads=1), load_processor(model.folder)
+    bundle, processor = (
+        QavpModel.from_bundle(tmp_path / "bundle", options=EngineOptions(threads=1)),
+        load_processor(model.folder),
+    )
     for size in [(24, 40), (33, 56), (70, 20), (120, 90)]:
         inputs = processor(text=PROMPT, images=_image(size), return_tensors="pt")
         found = bundle.generate_ids(_image(size), PROMPT, chat_template=False, max_new_tokens=STEPS)
@@ -147,7 +150,10 @@ def test_unpruned_bundle_answers_as_transformers_does(model: _Model, tmp_path: P
 
 def test_one_pruned_bundle_answers_as_transformers_fed_the_same_tokens(model: _Model, tmp_path: Path) -> None:
     assert model.bundle(tmp_path / "bundle", keep_range=(0.02, 0.6)).parity["verdict"] == "PASS"
-    bundle, processor = QavpModel.from_bundle(tmp_path / "bundle", threads=1), load_processor(model.folder)
+    bundle, processor = (
+        QavpModel.from_bundle(tmp_path / "bundle", options=EngineOptions(threads=1)),
+        load_processor(model.folder),
+    )
     words, breaks = processor.tokenizer.convert_tokens_to_ids, []
     for size, keep in [((24, 40), 0.5), ((56, 33), 0.05), ((33, 70), None)]:
         inputs = processor(text=PROMPT, images=_image(size), return_tensors="pt")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig
 
-from qavp_export import QavpModel, pipeline
+from qavp_export import EngineOptions, QavpModel, pipeline
 from qavp_export.errors import CheckpointError, GraphError
 from qavp_export.families import FAMILIES
 from qavp_export.numerics.score import hybrid_token_score
@@ -138,7 +138,7 @@ def _bundle(model: _Model, folder: Path, **overrides: Any) -> QavpModel:
     recipe = make_recipe("none", overrides)
     manifest = pipeline.export(model.folder, recipe, folder, name="tiny", force=False, progress=lambda *_: None)
     assert manifest.parity["verdict"] == "PASS"
-    return QavpModel.from_bundle(folder, threads=1)
+    return QavpModel.from_bundle(folder, options=EngineOptions(threads=1))
 
 
 def test_unpruned_bundle_answers_as_transformers_does(model: _Model, tmp_path: Path) -> None:

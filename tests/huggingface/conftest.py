@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from qavp_export import QavpForImageTextToText, pipeline
+from qavp_export import EngineOptions, QavpForImageTextToText, pipeline
 from qavp_export.recipe import make_recipe
 
 
@@ -42,12 +42,12 @@ def pruned_bundle(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def float_model(float_bundle: Path) -> QavpForImageTextToText:
-    return QavpForImageTextToText.from_pretrained(float_bundle, threads=1)
+    return QavpForImageTextToText.from_pretrained(float_bundle, options=EngineOptions(threads=1))
 
 
 @pytest.fixture(scope="session")
 def pruned_model(pruned_bundle: Path) -> QavpForImageTextToText:
-    return QavpForImageTextToText.from_pretrained(pruned_bundle, threads=1)
+    return QavpForImageTextToText.from_pretrained(pruned_bundle, options=EngineOptions(threads=1))
 
 
 @pytest.fixture(scope="session")

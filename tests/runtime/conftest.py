@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qavp_export import QavpModel
+from qavp_export import EngineOptions, QavpModel
 from tests.runtime import tiny_bundle
 
 
@@ -16,7 +16,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model(bundle):
-    return QavpModel.from_bundle(bundle, threads=1)
+    return QavpModel.from_bundle(bundle, "ort-reference", EngineOptions(threads=1))
 
 
 @pytest.fixture(scope="session")

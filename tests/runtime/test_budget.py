@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qavp_export import QavpModel, pipeline
+from qavp_export import EngineOptions, QavpModel, pipeline
 from qavp_export.errors import InputError
 from qavp_export.recipe import make_recipe
 
@@ -36,14 +36,14 @@ def ranged(tmp_path_factory, tiny_llava):
         0.125,
     )
     assert [spec.name for spec in manifest.components["vision_encoder"].inputs] == ["pixel_values", "keep_tokens"]
-    return QavpModel.from_bundle(folder, threads=1)
+    return QavpModel.from_bundle(folder, "ort-reference", EngineOptions(threads=1))
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(0.125, 3), (0.62, 16)])
 def test_a_chosen_budget_answers_as_a_fixed_one(tmp_path, tiny_llava, ranged, images, keep, kept):
     manifest = export(tiny_llava, tmp_path / "bundle", keep=keep)
     assert (manifest.vision_tokens.after, manifest.vision_tokens.keep_range) == (kept, None)
-    fixed = QavpModel.from_bundle(tmp_path / "bundle", threads=1)
+    fixed = QavpModel.from_bundle(tmp_path / "bundle", "ort-reference", EngineOptions(threads=1))
     given = ([images[0], images[1:]], PROMPTS)
     expected = fixed.prepare(*given, chat_template=False)
     got = ranged.prepare(*given, chat_template=False, keep=keep)

@@ -24,10 +24,10 @@ for name in (
     sys.modules[name] = None
 
 import json
-from qavp_export import QavpModel
+from qavp_export import EngineOptions, QavpModel
 
 heavy = {"transformers", "onnxruntime"} & set(sys.modules)
-model = QavpModel.from_bundle(sys.argv[1], threads=1)
+model = QavpModel.from_bundle(sys.argv[1], "ort-reference", EngineOptions(threads=1))
 answer = model.generate(sys.argv[2], "w0 w3", max_new_tokens=6)
 streamed = "".join(model.generate(sys.argv[2], "w0 w3", max_new_tokens=6, stream=True))
 ids = model.generate_ids([sys.argv[2], None], ["w0 w3", "w1"], max_new_tokens=6)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from qavp_export import QavpModel
+from qavp_export import EngineOptions, QavpModel
 from qavp_export.errors import BundleError, InputError, PromptError, UnavailableError
 from tests.runtime.tiny_bundle import (
     AFTER,
@@ -40,7 +40,7 @@ def chat(pictures, text):
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "original"
-    return QavpModel.from_bundle(write_bundle(folder, positions="original"), threads=1)
+    return QavpModel.from_bundle(write_bundle(folder, positions="original"), "ort-reference", EngineOptions(threads=1))
 
 
 @pytest.mark.parametrize("question", ["w0 w3", "w5 w3", "w19 w3", "w24 w3"])

@@ -1,0 +1,1 @@
+"""ONNX Runtime: the reference engine, and the engines that run lowered graphs."""

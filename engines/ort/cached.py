@@ -1,0 +1,204 @@
+"""A generation whose key/value cache has its memory from the start: a step writes one token into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]
+from numpy.typing import NDArray
+
+from qavp_export.engines import TOKEN_TYPES, FloatArray, IntArray
+from qavp_export.engines.ort.encoders import OrtEmbedding
+from qavp_export.engines.ort.session import Graph, cache_names
+from qavp_export.errors import InputError
+from qavp_export.manifest import DecoderSpec
+
+Array = NDArray[Any]
+
+# Capacities are multiples of this.
+_STEP = 64
+_PAST = "past_key_values."
+
+
+@dataclass(frozen=True)
+class CachedDecoder:
+    """A decoder in one lowered graph or in two, and its head.
+
+    Attributes:
+        embedding: Embeds the tokens of the answer.
+        prefill: Runs prompts.
+        decode: Runs single tokens.
+        head: Makes logits of hidden states.
+        prefill_inputs: What `prefill` takes.
+        decode_inputs: What `decode` takes.
+        spec: The decoder's sizes.
+        device: Where keys and values lie: `cpu` or `cuda`.
+        dtype: Type of keys and values.
+    """
+
+    embedding: OrtEmbedding
+    prefill: Graph
+    decode: Graph
+    head: Graph
+    prefill_inputs: frozenset[str]
+    decode_inputs: frozenset[str]
+    spec: DecoderSpec
+    device: str = "cpu"
+    dtype: type[np.float32] | type[np.float16] = np.float32
+
+    def on_device(self, array: Array) -> ort.OrtValue:
+        """Returns an array where keys and values lie; on the CPU, as it is."""
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+
+
+class CachedSession:
+    """A generation. Prompts come padded on the left and are kept padded on the right. See `DecoderSession`."""
+
+    def __init__(self, decoder: CachedDecoder, capacity: int) -> None:
+        """Starts with an empty cache; `capacity` is the number of tokens that memory is set aside for."""
+        self._decoder = decoder
+        self._wanted = capacity
+        self._past_names, self._present_names = cache_names(decoder.spec.num_layers)
+        self._cache: list[ort.OrtValue] = []
+        self._capacity = 0
+        self._step: _Step | None = None
+
+    def prefill(
+        self,
+        inputs_embeds: FloatArray,
+        attention_mask: IntArray,
+        position_ids: IntArray,
+        token_type_ids: IntArray | None = None,
+        *,
+        logits_to_keep: int = 0,
+    ) -> FloatArray:
+        """See `DecoderSession.prefill`.
+
+        Raises:
+            InputError: A sequence has padding elsewhere than in front of it.
+        """
+        lengths = _lengths(attention_mask)
+        rows, longest = attention_mask.shape
+        self._allocate(rows, max(longest, self._wanted))
+        keep = min(logits_to_keep or longest, longest)
+        # Column c of a sequence padded on the left is token c - padding of it.
+        wanted = np.maximum(np.arange(longest - keep, longest)[None, :] - (longest - lengths)[:, None], 0)
+        inputs: dict[str, Array] = {
+            "inputs_embeds": _to_right(inputs_embeds.astype(np.float32, copy=False), lengths),
+            "position_ids": _to_right(position_ids.astype(np.int64, copy=False), lengths),
+            "attention_mask": _to_right(attention_mask.astype(np.int64, copy=False), lengths),
+            TOKEN_TYPES: np.zeros_like(attention_mask),
+            "logit_positions": wanted.astype(np.int64),
+            "seqlens_k": (lengths - 1).astype(np.int32),
+            "total_sequence_length": np.array(longest, np.int32),
+        }
+        if token_type_ids is not None:
+            inputs[TOKEN_TYPES] = _to_right(token_type_ids.astype(np.int64, copy=False), lengths)
+        binding = self._bind(self._decoder.prefill)
+        # A binding does not keep the arrays alive that it points to.
+        bound = {name: np.asarray(inputs[name], order="C") for name in self._decoder.prefill_inputs & inputs.keys()}
+        for name, array in bound.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        self._decoder.prefill.run_bound(binding)
+        return self._logits(binding)
+
+    def decode(self, input_ids: IntArray, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
+        """See `DecoderSession.decode`."""
+        lengths = attention_mask.sum(axis=1)
+        longest = int(lengths.max())
+        if longest > self._capacity:
+            self._grow(longest)
+        if self._step is None:
+            self._step = _Step.of(self._bind(self._decoder.decode), len(lengths), self._decoder.decode_inputs)
+        step = self._step
+        step.set(position_ids, lengths - 1, longest)
+        step.binding.bind_ortvalue_input("inputs_embeds", self._decoder.embedding.embed_text(input_ids))
+        self._decoder.decode.run_bound(step.binding)
+        return self._logits(step.binding)
+
+    def reorder(self, rows: IntArray) -> None:
+        """See `DecoderSession.reorder`."""
+        self._cache = [self._decoder.on_device(tensor.numpy()[rows]) for tensor in self._cache]
+        self._step = None
+
+    def _logits(self, binding: ort.IOBinding) -> FloatArray:
+        # The first output that is bound.
+        hidden = binding.get_outputs()[0]
+        logits: FloatArray = self._decoder.head.run({"hidden_states": hidden})["logits"].numpy()
+        return logits
+
+    def _bind(self, graph: Graph) -> ort.IOBinding:
+        """Binds the cache to inputs and outputs alike, so that a run writes into what it reads."""
+        binding = graph.bind()
+        binding.bind_output("hidden_states", self._decoder.device)
+        for past, present, tensor in zip(self._past_names, self._present_names, self._cache, strict=True):
+            binding.bind_ortvalue_input(past, tensor)
+            binding.bind_ortvalue_output(present, tensor)
+        return binding
+
+    def _allocate(self, rows: int, tokens: int) -> None:
+        spec = self._decoder.spec
+        self._capacity = -(-tokens // _STEP) * _STEP
+        shape = (rows, spec.num_key_value_heads, self._capacity, spec.head_dim)
+        # Zeros, since what is not filled yet is multiplied by zero; the system gives the memory when it is written.
+        self._cache = [self._decoder.on_device(np.zeros(shape, self._decoder.dtype)) for _ in self._past_names]
+        self._step = None
+
+    def _grow(self, tokens: int) -> None:
+        filled, old = self._capacity, self._cache
+        self._allocate(old[0].shape()[0], max(tokens, 2 * filled))
+        for number, before in enumerate(old):
+            grown = np.zeros(self._cache[number].shape(), self._decoder.dtype)
+            grown[:, :, :filled] = before.numpy()
+            self._cache[number] = self._decoder.on_device(grown)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a run for single tokens is bound to; the arrays are written in place."""
+
+    binding: ort.IOBinding
+    # A binding does not keep the arrays alive that it points to.
+    arrays: Mapping[str, Array]
+
+    @classmethod
+    def of(cls, binding: ort.IOBinding, rows: int, inputs: frozenset[str]) -> _Step:
+        arrays: dict[str, Array] = {
+            "position_ids": np.zeros((rows, 1), np.int64),
+            "seqlens_k": np.zeros(rows, np.int32),
+            "total_sequence_length": np.zeros((), np.int32),
+            "logit_positions": np.zeros((rows, 1), np.int64),
+            TOKEN_TYPES: np.zeros((rows, 1), np.int64),
+        }
+        for name in inputs & arrays.keys():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(arrays[name]))
+        return cls(binding, arrays)
+
+    def set(self, positions: IntArray, seqlens: IntArray, total: int) -> None:
+        self.arrays["position_ids"][:] = positions
+        self.arrays["seqlens_k"][:] = seqlens
+        self.arrays["total_sequence_length"][()] = total
+
+
+def _lengths(attention_mask: IntArray) -> IntArray:
+    """Returns the tokens of each sequence `[B]`."""
+    lengths: IntArray = attention_mask.sum(axis=1)
+    columns = np.arange(attention_mask.shape[1])
+    padded = columns[None, :] < (attention_mask.shape[1] - lengths)[:, None]
+    if not np.array_equal(attention_mask == 0, padded) or not lengths.all():
+        raise InputError("attention_mask has padding behind or inside a sequence; pad on the left only")
+    return lengths
+
+
+def _to_right(array: Array, lengths: IntArray) -> Array:
+    """Moves the padding of `[B,S,...]` from the left to the right."""
+    longest = array.shape[1]
+    if (lengths == longest).all():
+        return array
+    moved = np.zeros_like(array)
+    for row, length in enumerate(lengths):
+        moved[row, :length] = array[row, longest - length :]
+    return moved

@@ -1,0 +1,171 @@
+"""What the engines of ONNX Runtime that run lowered graphs share."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qavp_export.engines import TOKEN_TYPES, EngineOptions
+from qavp_export.engines.ort.cached import CachedDecoder, CachedSession
+from qavp_export.engines.ort.encoders import OrtEncoders
+from qavp_export.engines.ort.growing import GrowingDecoder, GrowingSession
+from qavp_export.engines.ort.plan import PLAN_NAME, EnginePlan
+from qavp_export.engines.ort.session import Graph, input_names
+from qavp_export.engines.ort.weights import read_weights
+from qavp_export.errors import BundleError, InputError, UnavailableError
+from qavp_export.manifest import Manifest
+from qavp_export.memory import release_memory
+
+_VISION = ("w8a8", "fp32")
+_MEMORY = ("high", "low")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where lowered graphs run.
+
+    Attributes:
+        folder: Their folder inside the bundle.
+        providers: Execution providers of ONNX Runtime, best first.
+        device: Where the key/value cache lies.
+        cache: Type of keys and values.
+        vision: How the vision tower runs unless the options say otherwise.
+        suffix: Graphs whose name ends with it are preferred.
+    """
+
+    folder: str
+    providers: tuple[str, ...]
+    device: str
+    cache: type[np.float32] | type[np.float16]
+    vision: str
+    suffix: str = ""
+
+
+class LoweredEngine(OrtEncoders):
+    """Runs a bundle's lowered graphs.
+
+    Sessions are shared by all calls; everything that a generation changes is in its own session.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, options: EngineOptions, graphs: LoweredGraphs) -> None:
+        """Opens the graphs.
+
+        Raises:
+            BundleError: A graph is missing or cannot be opened.
+            InputError: An option is out of range.
+            UnavailableError: The decoder cannot run with little memory.
+        """
+        _check_options(options)
+        # What needs most memory to open comes first.
+        prefill, decode = graphs.bodies(low_memory=options.cpu_memory == "low")
+        super().__init__(bundle, manifest, options, graphs.vision(options.vision))
+        self._decoder = graphs.decoder(self, prefill, decode, manifest)
+
+    def start(self, capacity: int = 0) -> CachedSession | GrowingSession:
+        """See `Engine.start`."""
+        if isinstance(self._decoder, GrowingDecoder):
+            return GrowingSession(self._decoder)
+        return CachedSession(self._decoder, capacity)
+
+
+def _check_options(options: EngineOptions) -> None:
+    if options.vision is not None and options.vision not in _VISION:
+        raise InputError(f"vision is {options.vision!r}; choose one of {', '.join(_VISION)}")
+    if options.cpu_memory not in _MEMORY:
+        raise InputError(f"cpu_memory is {options.cpu_memory!r}; choose one of {', '.join(_MEMORY)}")
+
+
+@dataclass(frozen=True)
+class OpenedBody:
+    """An opened decoder without its head.
+
+    Attributes:
+        graph: The graph.
+        inputs: What it takes.
+    """
+
+    graph: Graph
+    inputs: frozenset[str]
+
+
+class LoweredGraphs:
+    """Opens the lowered graphs of a bundle.
+
+    Args:
+        bundle: The bundle's folder.
+        options: How they are opened.
+        backend: Where they run.
+
+    Raises:
+        BundleError: The plan is missing or cannot be read.
+    """
+
+    def __init__(self, bundle: Path, options: EngineOptions, backend: Backend) -> None:
+        self._bundle = bundle
+        self._options = options
+        self._backend = backend
+        self._folder = bundle / backend.folder
+        self._plan = EnginePlan.read(self._folder)
+
+    def vision(self, kind: str | None) -> Graph:
+        """Opens the vision encoder; None: as it runs on this backend."""
+        return self.open(f"vision_encoder.{kind or self._backend.vision}", "vision encoder")
+
+    def bodies(self, *, low_memory: bool) -> tuple[OpenedBody, OpenedBody]:
+        """Opens what runs prompts and what runs single tokens; they may be one.
+
+        Raises:
+            UnavailableError: Little memory is asked for, and one graph cannot do both.
+        """
+        if low_memory and "decoder" not in self._plan.graphs:
+            raise UnavailableError(
+                f"the decoder of {self._bundle} cannot run prompts and single tokens in one graph; "
+                "leave cpu_memory=low out"
+            )
+        if low_memory or "prefill" not in self._plan.graphs:
+            both = self._body("decoder")
+            return both, both
+        return self._body("prefill"), self._body("decode")
+
+    def decoder(
+        self, encoders: OrtEncoders, prefill: OpenedBody, decode: OpenedBody, manifest: Manifest
+    ) -> CachedDecoder | GrowingDecoder:
+        """Opens the head and puts the decoder together."""
+        head = self.open("head", "head")
+        if self._plan.cache == "growing":
+            typed = TOKEN_TYPES in input_names(manifest, "decoder")
+            return GrowingDecoder(encoders, prefill.graph, decode.graph, head, manifest.decoder, typed)
+        return CachedDecoder(
+            encoders,
+            prefill.graph,
+            decode.graph,
+            head,
+            prefill.inputs,
+            decode.inputs,
+            manifest.decoder,
+            self._backend.device,
+            self._backend.cache,
+        )
+
+    def _body(self, name: str) -> OpenedBody:
+        return OpenedBody(self.open(name, "decoder"), frozenset(self._plan.graphs[name].inputs))
+
+    def open(self, name: str, title: str) -> Graph:
+        """Opens a graph; `title` is what messages call it.
+
+        Raises:
+            BundleError: It is missing or cannot be opened.
+        """
+        exact = f"{name}{self._backend.suffix}"
+        graph = self._plan.graphs.get(exact) or self._plan.graphs.get(name)
+        if graph is None:
+            raise BundleError(f"{self._folder / PLAN_NAME} has no graph {name!r}; export the bundle again")
+        weights = read_weights(self._bundle, graph.weights, self._options.threads or os.cpu_count() or 1)
+        path, providers = self._folder / graph.file, self._backend.providers
+        opened = Graph(title, path, self._options, graph.inputs, graph.outputs, weights, providers)
+        # Weights that ONNX Runtime has packed are freed, but not to the system.
+        release_memory()
+        return opened

@@ -1,0 +1,34 @@
+"""What a provider of ONNX Runtime runs fast, as flags that the lowering reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What integer products and attention look like on one provider.
+
+    Attributes:
+        activations: Type of the codes that enter integer products: UINT8 around a zero point of 128, or INT8.
+        weights: Type of a weight's codes: INT8, or UINT8 around 128.
+        fused_scales: Whether `MatMulIntegerToFloat` multiplies by the scales of output channels.
+        cache: Type of keys and values, in the cache and while attention runs.
+    """
+
+    activations: ir.DataType
+    weights: ir.DataType
+    fused_scales: bool
+    cache: ir.DataType
+
+
+CPU = Capabilities(ir.DataType.UINT8, ir.DataType.INT8, fused_scales=True, cache=ir.DataType.FLOAT)
+
+# Before VNNI, x86 adds pairs of unsigned times signed products in 16 bits, which overflow; unsigned times unsigned is
+# exact everywhere, at less than half the speed.
+CPU_UNSIGNED = Capabilities(ir.DataType.UINT8, ir.DataType.UINT8, fused_scales=True, cache=ir.DataType.FLOAT)
+
+# Its integer products take signed operands only, its attention 16-bit floats only.
+CUDA = Capabilities(ir.DataType.INT8, ir.DataType.INT8, fused_scales=False, cache=ir.DataType.FLOAT16)

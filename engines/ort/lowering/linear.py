@@ -1,0 +1,228 @@
+"""Lowers quantized linear layers: to one integer product each, or to `MatMulNBits` on packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from qavp_export.engines.ort.lowering.activations import Activation, ActivationQuantizers, find_activation
+from qavp_export.engines.ort.lowering.capabilities import Capabilities
+from qavp_export.engines.ort.lowering.weights import WeightPlans
+from qavp_export.passes._builder import Dim, NodeBuilder
+from qavp_export.passes._linear import input_of, name_of
+
+Products: TypeAlias = Literal["integer", "packed"]
+
+_FLOAT = ir.DataType.FLOAT
+# Accuracy level of MatMulNBits that multiplies integers: it rounds activations to 8 bits, in blocks.
+_INTEGERS = 4
+# Blocks that MatMulNBits takes, powers of two.
+_LEAST_BLOCK, _GREATEST_BLOCK = 16, 256
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A linear layer `MatMul(x, DequantizeLinear(codes, scales))` of the canonical graph.
+
+    Attributes:
+        node: The MatMul.
+        codes: Initializer `[K,N]`, INT4 or INT8.
+        scales: Initializers by role: `multipliers [K/B,N]` and `steps [N]`, or `scales [K/B,N]`.
+        block: Input channels that share a scale (B).
+        activation: How its input is quantized; None if it is float.
+    """
+
+    node: ir.Node
+    codes: ir.Value
+    scales: Mapping[str, ir.Value]
+    block: int
+    activation: Activation | None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Returns K and N."""
+        if self.codes.shape is None:
+            raise TypeError(f"{self.codes.name} has no shape")
+        inputs, outputs = self.codes.shape.numpy()
+        return inputs, outputs
+
+    @property
+    def one_scale_per_output(self) -> bool:
+        """Whether what is left of the weight's scales behind the codes (times multipliers) is one float per output."""
+        return "steps" in self.scales or self.block == self.sizes[0]
+
+    @property
+    def is_integer_product(self) -> bool:
+        """Whether the layer is one product of 8-bit integers, scaled per token and per output channel."""
+        if self.activation is None or not self.one_scale_per_output:
+            return False
+        return self.activation.two_level or self.activation.per_token
+
+    @property
+    def is_packable(self) -> bool:
+        """Whether MatMulNBits can run the layer."""
+        return _LEAST_BLOCK <= self.block <= _GREATEST_BLOCK and self.block & (self.block - 1) == 0
+
+    @property
+    def is_packable_to_4_bits(self) -> bool:
+        """Whether MatMulNBits can run the layer on 4-bit weights."""
+        return self.is_packable and self.codes.dtype == ir.DataType.INT4
+
+
+def quantized_linears(graph: ir.Graph) -> Iterator[QuantizedLinear]:
+    """Yields the quantized linear layers of a graph, in order."""
+    for node in graph:
+        if node.op_type == "MatMul" and (found := _quantized(node)) is not None:
+            yield found
+
+
+def lower_linears(
+    graph: ir.Graph, products: Products, capabilities: Capabilities, plans: WeightPlans
+) -> dict[str, str]:
+    """Rewrites the quantized linear layers of a graph.
+
+    1. `integer`: a layer that is one product of 8-bit integers (two-level W4A4, W4A8, W8A8) becomes
+       `MatMulIntegerToFloat` (or `MatMulInteger` and two products) with weights expanded to 8 bits. The integers are
+       the canonical graph's.
+    2. `packed`: if its weights have 4 bits they stay packed and it becomes `MatMulNBits`, which rounds its input to 8
+       bits, in blocks of the weight's groups, whatever the canonical graph rounds it to.
+    3. Layers that are not one integer product (float activations, one-level scales) become `MatMulNBits` in both.
+
+    Args:
+        graph: A canonical graph; what is no longer used stays in it.
+        products: How layers that are integer products run.
+        capabilities: What the provider runs fast.
+        plans: Takes the weights.
+
+    Returns:
+        The precision that each layer runs in, by the name of its canonical node: `w4a4`, `w4a8`, ...
+    """
+    precision: dict[str, str] = {}
+    quantizers = ActivationQuantizers(graph, capabilities)
+    for layer in list(quantized_linears(graph)):
+        bits = 4 if layer.codes.dtype == ir.DataType.INT4 else 8
+        of_input = 32 if layer.activation is None else layer.activation.bits
+        if layer.is_integer_product and (products == "integer" or not layer.is_packable_to_4_bits):
+            _to_integers(graph, layer, quantizers, capabilities, plans)
+        elif layer.is_packable:
+            _to_packed(graph, layer, plans)
+            of_input = 8
+        precision[name_of(layer.node)] = f"w{bits}a{of_input}"
+    return precision
+
+
+def integer_matmul(
+    builder: NodeBuilder,
+    codes: ir.Value,
+    weight: ir.Value,
+    scales: ir.Value,
+    shape: tuple[Dim, ...],
+    capabilities: Capabilities,
+) -> ir.Value:
+    """Adds the product of 8-bit integers, times the scales of the output channels.
+
+    Args:
+        builder: Takes the nodes.
+        codes: `[...,K]`, of the type and around the zero point that the provider takes.
+        weight: `[K,N]`, likewise.
+        scales: `[N]` float.
+        shape: Shape of the result `[...,N]`.
+        capabilities: What the provider runs fast.
+    """
+    if not capabilities.fused_scales:
+        product = builder.op("MatMulInteger", "MatMulInteger", [codes, weight], ir.DataType.INT32, shape)
+        product = builder.op("Cast", "Cast", [product], _FLOAT, shape, {"to": int(_FLOAT)})
+        return builder.op("scaled", "Mul", [product, scales], _FLOAT, shape)
+    one, zero_point = builder.constant("one", np.float32(1)), builder.constant("zero_point", np.uint8(128))
+    inputs = [codes, weight, one, scales, zero_point]
+    if capabilities.weights == ir.DataType.UINT8:
+        inputs.append(builder.constant("weight_zero_point", np.uint8(128)))
+    name = "MatMulIntegerToFloat"
+    return builder.op(name, name, inputs, _FLOAT, shape, domain="com.microsoft")
+
+
+def replace_value(old: ir.Value, new: ir.Value) -> None:
+    """Puts a value in another's place; a graph output keeps its name."""
+    if old.is_graph_output():
+        old.name, new.name = f"{old.name}.replaced", old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def _to_integers(
+    graph: ir.Graph,
+    layer: QuantizedLinear,
+    quantizers: ActivationQuantizers,
+    capabilities: Capabilities,
+    plans: WeightPlans,
+) -> None:
+    if layer.activation is None:
+        raise TypeError(f"{layer.node.name} has a float input")
+    codes, per_token = quantizers.products(layer.activation, layer.node)
+    parts = {"codes": layer.codes}
+    if "multipliers" in layer.scales:
+        parts["multipliers"] = layer.scales["multipliers"]
+    unsigned = capabilities.weights == ir.DataType.UINT8
+    form = "unsigned_products" if unsigned else "products"
+    weight = plans.add(graph, f"{layer.codes.name}.{form}", form, parts, capabilities.weights, layer.sizes, layer.block)
+    of_output = layer.scales["steps"] if "steps" in layer.scales else layer.scales["scales"]
+    scales = plans.add(graph, f"{of_output.name}.flat", "flat", {"tensor": of_output}, _FLOAT, layer.sizes[1:])
+    output = layer.node.outputs[0]
+    shape = tuple(output.shape or ())
+    builder = NodeBuilder(name_of(layer.node))
+    product = integer_matmul(builder, codes, weight, scales, shape, capabilities)
+    result = builder.op("per_token", "Mul", [product, per_token], _FLOAT, shape)
+    _replace(graph, layer.node, builder, result)
+
+
+def _to_packed(graph: ir.Graph, layer: QuantizedLinear, plans: WeightPlans) -> None:
+    inputs, outputs = layer.sizes
+    bits = 4 if layer.codes.dtype == ir.DataType.INT4 else 8
+    form, uint8, block = f"packed{bits}", ir.DataType.UINT8, layer.block
+    grid = (outputs, inputs // block, block * bits // 8)
+    x = input_of(layer.node, 0) if layer.activation is None else layer.activation.x
+    codes = plans.add(graph, f"{layer.codes.name}.{form}", form, {"codes": layer.codes}, uint8, grid, block)
+    name = f"{layer.codes.name}.block_scales"
+    scales = plans.add(graph, name, "block_scales", layer.scales, _FLOAT, (outputs * (inputs // block),), block)
+    attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": _INTEGERS}
+    builder = NodeBuilder(name_of(layer.node))
+    shape = tuple(layer.node.outputs[0].shape or ())
+    result = builder.op(
+        "MatMulNBits", "MatMulNBits", [x, codes, scales], _FLOAT, shape, attributes, domain="com.microsoft"
+    )
+    _replace(graph, layer.node, builder, result)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, builder: NodeBuilder, result: ir.Value) -> None:
+    graph.insert_before(node, builder.nodes)
+    replace_value(node.outputs[0], result)
+
+
+def _quantized(node: ir.Node) -> QuantizedLinear | None:
+    dequantize = node.inputs[1].producer() if node.inputs[1] is not None else None
+    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+        return None
+    codes, scales = dequantize.inputs[0], dequantize.inputs[1]
+    if codes is None or scales is None or not codes.is_initializer():
+        return None
+    found = _scales(scales)
+    if found is None:
+        return None
+    block = dequantize.attributes["block_size"].as_int()
+    return QuantizedLinear(node, codes, found, block, find_activation(input_of(node, 0)))
+
+
+def _scales(value: ir.Value) -> dict[str, ir.Value] | None:
+    """Returns the initializers that a weight's scales are made of, by role."""
+    if value.is_initializer():
+        return {"scales": value}
+    multiply = value.producer()
+    if multiply is None or multiply.op_type != "Mul":
+        return None
+    cast, steps = input_of(multiply, 0).producer(), input_of(multiply, 1)
+    if cast is None or cast.op_type != "Cast" or not steps.is_initializer():
+        return None
+    return {"multipliers": input_of(cast, 0), "steps": steps}

@@ -1,0 +1,54 @@
+"""The reference engine: ONNX Runtime runs the canonical graphs as they are, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort  # type: ignore[import-untyped]
+
+from qavp_export.engines import TOKEN_TYPES, EngineOptions
+from qavp_export.engines.ort.encoders import OrtEncoders
+from qavp_export.engines.ort.growing import GrowingDecoder, GrowingSession
+from qavp_export.engines.ort.session import cache_names, input_names, open_graph
+from qavp_export.errors import UnavailableError
+from qavp_export.manifest import Manifest
+
+_NVFP4 = "nvfp4"
+
+
+class OrtReferenceEngine(OrtEncoders):
+    """Runs a bundle's three graphs with ONNX Runtime's CPU provider.
+
+    Sessions are shared by all calls; everything that a generation changes is in its own `GrowingSession`.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, options: EngineOptions) -> None:
+        """Opens the graphs; see `OrtEncoders`.
+
+        Raises:
+            UnavailableError: The decoder is in NVFP4.
+        """
+        check_format(bundle, manifest)
+        super().__init__(bundle, manifest, options)
+        past, present = cache_names(manifest.decoder.num_layers)
+        typed = TOKEN_TYPES in input_names(manifest, "decoder")
+        inputs = ["inputs_embeds", "attention_mask", "position_ids", *past, *([TOKEN_TYPES] if typed else [])]
+        decoder = open_graph(bundle, manifest, "decoder", options, inputs, ["logits", *present])
+        self._decoder = GrowingDecoder(self, decoder, decoder, None, manifest.decoder, typed)
+
+    def start(self, capacity: int = 0) -> GrowingSession:  # noqa: ARG002  # the cache grows with every token
+        """See `Engine.start`."""
+        return GrowingSession(self._decoder)
+
+
+def check_format(bundle: Path, manifest: Manifest) -> None:
+    """Checks that ONNX Runtime runs the bundle's decoder.
+
+    Raises:
+        UnavailableError: It is in NVFP4.
+    """
+    if _NVFP4 in manifest.precision.values():
+        raise UnavailableError(
+            f"the decoder of {bundle} is in NVFP4, which ONNX Runtime {ort.__version__} does not run; it is for "
+            "TensorRT on a GPU of compute capability 10 or newer: export with --format int to run it here"
+        )
