@@ -25,7 +25,7 @@ QUANTITIES: Mapping[str, str] = {
     "bytes_written": "written, GB",
     "output_bytes": "output, GB",
 }
-_NO_MEMORY = re.compile(r"MemoryError|bad_alloc|[Cc]annot allocate memory|can't allocate memory")
+NO_MEMORY = re.compile(r"MemoryError|bad_alloc|[Cc]annot allocate memory|can't allocate memory")
 NOTES = (
     "Peak memory: resident pages of the process and its children, without file-backed pages of the input.",
     "Read, written: by system calls; what is read through a mapping is not in it, Python's own modules are.",
@@ -75,7 +75,7 @@ class Run:
     @property
     def outcome(self) -> str:
         """`done`, `failed`, or `out of memory`: over the limit, refused memory, or ended by the kernel."""
-        if self.cost.over_limit or self.cost.exit_code == -signal.SIGKILL or _NO_MEMORY.search(self.last_line):
+        if self.cost.over_limit or self.cost.exit_code == -signal.SIGKILL or NO_MEMORY.search(self.last_line):
             return "out of memory"
         return "failed" if self.cost.exit_code else "done"
 

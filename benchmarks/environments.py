@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from qavp_export.errors import UnavailableError
 
@@ -20,12 +22,15 @@ print(json.dumps({found.metadata["Name"]: found.version for found in importlib.m
 """
 
 
-def install(folder: Path, requirements: Sequence[str | Path]) -> Path:
+def install(
+    folder: Path, requirements: Sequence[str | Path], variables: Mapping[str, str] = MappingProxyType({})
+) -> Path:
     """Installs packages, at the versions of constraints.txt, into a virtual environment that is made where missing.
 
     Args:
         folder: The environment's folder.
-        requirements: What pip shall install.
+        requirements: What pip shall install; options of pip may be among them.
+        variables: Environment variables to set for pip, on top of this process's own.
 
     Returns:
         The environment's Python.
@@ -37,7 +42,7 @@ def install(folder: Path, requirements: Sequence[str | Path]) -> Path:
     if not python.exists():
         _run([sys.executable, "-m", "venv", folder], f"make the environment {folder}")
     pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--constraint", REPOSITORY / "constraints.txt"]
-    _run([*pip, *requirements], f"install {', '.join(map(str, requirements))} into {folder}")
+    _run([*pip, *requirements], f"install {', '.join(map(str, requirements))} into {folder}", variables)
     return python
 
 
@@ -63,8 +68,8 @@ def versions(python: Path) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def _run(command: Sequence[str | Path], purpose: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _run(command: Sequence[str | Path], purpose: str, variables: Mapping[str, str] = MappingProxyType({})) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise UnavailableError(f"could not {purpose}: {lines[-1] if lines else f'exit code {done.returncode}'}")

@@ -152,15 +152,15 @@ def command_line(tool: Tool, python: Path, source: Path, output: Path) -> list[s
 def needed_bytes(shapes: Sequence[str], tools: Sequence[Tool], work: Path, layers: int | None) -> int:
     """Returns how much must be free in `work`, roughly: what is there at the same time, less what is there already."""
     checkpoints = {shape: checkpoint_folder(work, shape, layers) for shape in shapes}
-    largest = max(2 * _parameters(shape, layers) for shape in shapes)
-    missing = [2 * _parameters(shape, layers) for shape, folder in checkpoints.items() if not folder.exists()]
+    largest = max(2 * parameters(shape, layers) for shape in shapes)
+    missing = [2 * parameters(shape, layers) for shape, folder in checkpoints.items() if not folder.exists()]
     environments = ENVIRONMENT_BYTES * sum(not (work / tool).exists() for tool in tools)
     # The builder's own checkpoint is there while it writes; ours writes before.
     beside = largest * ((1 if Tool.BUILDER in tools else 0) + OUTPUT_SHARE)
     return sum(missing) + int(beside) + environments
 
 
-def _parameters(shape: str, layers: int | None) -> int:
+def parameters(shape: str, layers: int | None = None) -> int:
     """Returns roughly how many parameters a checkpoint has."""
     sizes = make_checkpoint.SHAPES[shape]
     attention = 2 * sizes.hidden**2 * (1 + sizes.kv_heads / sizes.heads)
@@ -209,7 +209,7 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         folder = folder.resolve()
         shapes = list(dict.fromkeys((SMALL, shape)))
-        _check_disk(folder, needed_bytes(shapes, tools, folder, layers), steps)
+        check_disk(folder, needed_bytes(shapes, tools, folder, layers), steps)
         pythons = _environments(folder, tools, steps)
         details: dict[str, Any] = {
             "layers": layers,
@@ -228,7 +228,12 @@ def main(
             raise QavpError(f"{TITLES[run.tool]} failed on {run.model}: {run.last_line}")
 
 
-def _check_disk(folder: Path, needed: int, steps: Steps) -> None:
+def check_disk(folder: Path, needed: int, steps: Steps) -> None:
+    """Says how much disk is needed, and how much is free.
+
+    Raises:
+        UnavailableError: Less is free than is needed.
+    """
     free = shutil.disk_usage(folder).free
     line = f"about {needed / 1e9:.0f} GB of disk are needed in {folder}, {free / 1e9:.0f} GB are free"
     if free < needed:

@@ -30,7 +30,7 @@ from smollm2 import WINDOW, Text, check_installed, load_smollm2, python_referenc
 from qavp_export import pipeline
 from qavp_export.cli.common import run_command
 from qavp_export.engines import EngineOptions
-from qavp_export.engines.ort import session_options
+from qavp_export.engines.ort.session import session_options
 from qavp_export.errors import InputError
 from qavp_export.quantization import Calibration, quantize
 from qavp_export.recipe import make_recipe
