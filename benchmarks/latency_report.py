@@ -171,8 +171,25 @@ def print_table(shapes: Mapping[str, Entries], console: Console, heading: Sequen
     console.print(table)
     for shape, entries in shapes.items():
         for name, entry in entries.items():
+            for line in context_lines(entry):
+                console.print(f"{TITLES[name]}, {shape}: {line}", highlight=False, markup=False)
+    for shape, entries in shapes.items():
+        for name, entry in entries.items():
             if entry.skipped:
                 console.print(f"{TITLES[name]}, {shape}: {entry.skipped}", highlight=False, markup=False)
+
+
+def context_lines(entry: Entry) -> list[str]:
+    """Says what a token costs behind a long context, next to a short one; nothing for those that were not asked."""
+    found = [run.details["tpot_s_by_context"] for run in entry.runs if "tpot_s_by_context" in run.details]
+    if not found:
+        return []
+    times = {context: statistics.median(run[context] for run in found) for context in found[0]}
+    (short, least), *longer = times.items()
+    return [
+        f"TPOT behind {context} tokens {value * 1000:.1f} ms, {value / least:.2f} x that behind {short}"
+        for context, value in longer
+    ]
 
 
 def _cells(entry: Entry) -> list[str]:

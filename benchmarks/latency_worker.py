@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -23,6 +24,9 @@ from qavp_export.manifest import Manifest
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
+# Lengths of context whose time per token is compared, and over how many tokens.
+CONTEXTS = (100, 2000)
+_TOKENS = 24
 _SEED = 0
 
 
@@ -62,7 +66,9 @@ class Ours:
     """
 
     def __init__(self, engine: str, bundle: Path, prompt: Prompt, answer: int, threads: int) -> None:
-        self._engine: Engine = load_engine(engine, bundle, Manifest.read(bundle), EngineOptions(threads=threads))
+        manifest = Manifest.read(bundle)
+        self._engine: Engine = load_engine(engine, bundle, manifest, EngineOptions(threads=threads))
+        self._width = manifest.decoder.hidden_size
         self._prompt = prompt
         self._capacity = len(prompt) + answer
         self._session: DecoderSession
@@ -88,8 +94,21 @@ class Ours:
         return _most_likely(self._session.decode(np.array([[token]]), _mask(self._length), np.array([[position]])))
 
     def details(self) -> dict[str, Any]:
-        """Returns nothing: there is nothing to check."""
-        return {}
+        """Returns the time per token at different lengths of context, in seconds."""
+        return {"tpot_s_by_context": {str(context): self._time_per_token(context) for context in CONTEXTS}}
+
+    def _time_per_token(self, context: int) -> float:
+        """Runs a random prompt and returns the median over the tokens that follow."""
+        embeds = np.random.default_rng(_SEED).standard_normal((1, context, self._width), np.float32)
+        self._length = context
+        self._session = self._engine.start(context + _TOKENS)
+        logits = self._session.prefill(embeds, _mask(context), np.arange(context)[None], logits_to_keep=1)
+        token, times = _most_likely(logits), []
+        for _ in range(_TOKENS):
+            started = time.perf_counter()
+            token = self.next_token(token)
+            times.append(time.perf_counter() - started)
+        return statistics.median(times)
 
 
 class PlainOrt:

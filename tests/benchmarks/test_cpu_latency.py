@@ -18,7 +18,7 @@ from cpu_latency import Bench, app, check_memory, cmake_arguments, needed_disk, 
 from export_cost import Steps
 from latency_graph import LAST_LOGITS, write_last_logits
 from latency_process import ContestantError
-from latency_report import RATIOS, Contestant, Entry, Run, print_table, ratios, report
+from latency_report import RATIOS, Contestant, Entry, Run, context_lines, print_table, ratios, report
 from latency_worker import Ours, PlainOrt, Prompt
 from onnx import TensorProto, helper
 from rich.console import Console
@@ -349,3 +349,12 @@ def test_llama_is_built_without_amx(flags: str, amx: bool) -> None:
     assert ("-DGGML_AMX_INT8=OFF" in arguments) == amx
     assert ("-DCMAKE_CXX_FLAGS=-mno-amx-int8" in arguments) == amx
     assert ("-DCMAKE_C_FLAGS=-mno-amx-int8" in arguments) == amx
+
+
+def test_what_a_token_costs_behind_a_long_context() -> None:
+    entry = Entry(prompt_tokens=136)
+    for short, long in ((0.020, 0.026), (0.018, 0.024), (0.040, 0.025)):
+        details = {"tpot_s_by_context": {"100": short, "2000": long}}
+        entry.runs.append(Run(1.0, {}, 0, 0, {}, details))
+    assert context_lines(entry) == ["TPOT behind 2000 tokens 25.0 ms, 1.25 x that behind 100"]
+    assert context_lines(Entry(prompt_tokens=640)) == []
