@@ -71,7 +71,7 @@ class NodeBuilder:
         output.dtype, output.shape = dtype, ir.Shape(shape)
         return output
 
-    def constant(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    def constant(self, name: str, array: npt.NDArray[Any] | np.generic) -> ir.Value:
         """Add a Constant node that holds an array."""
         node = ir.node("Constant", [], {"value": ir.tensor(array)}, num_outputs=1, name=f"{self._prefix}/{name}")
         output = node.outputs[0]

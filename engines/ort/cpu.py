@@ -6,12 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort  # type: ignore[import-untyped]
 
 from qavp_export.engines import EngineOptions
 from qavp_export.engines.ort.lowered import Backend, LoweredEngine, LoweredGraphs
 from qavp_export.engines.ort.plan import CPU_FOLDER
 from qavp_export.engines.ort.reference import check_format
-from qavp_export.engines.ort.session import CPU_PROVIDER, value
+from qavp_export.engines.ort.session import CPU_PROVIDER
 from qavp_export.manifest import Manifest
 
 _CPU = Backend(CPU_FOLDER, (CPU_PROVIDER,), "cpu", np.float32, vision="w8a8")
@@ -40,5 +41,5 @@ def multiplies_exactly(graphs: LoweredGraphs) -> bool:
     x86 without VNNI adds two products in 16 bits, which these do not fit.
     """
     codes = np.full((2, 64), 255, np.uint8)
-    product = graphs.open("probe", "probe").run({"codes": value(codes, np.uint8)})["product"].numpy()
+    product = graphs.open("probe", "probe").run({"codes": ort.OrtValue.ortvalue_from_numpy(codes)})["product"].numpy()
     return bool((product == 64 * 255 * 127).all())

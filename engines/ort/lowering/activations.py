@@ -51,6 +51,11 @@ class Activation:
         return 4 if self.largest_code == _LARGEST_OF_4_BITS else 8
 
     @property
+    def groups(self) -> int:
+        """Returns K over the group size."""
+        return self.channels // self.group_size
+
+    @property
     def per_token(self) -> bool:
         """Whether all channels of a token share a scale."""
         return self.group_size == self.channels
@@ -117,7 +122,7 @@ class ActivationQuantizers:
 def _scale_nodes(builder: NodeBuilder, activation: Activation) -> _Scales:
     """Adds numerics section 3 (or one scale per group), operator for operator as the canonical functions have it."""
     x, leading, grid = activation.x, _leading(activation), _grid(activation)
-    groups = grid[-1]
+    groups = activation.groups
     magnitude = builder.op("Abs", "Abs", [x], _FLOAT, tuple(x.shape or ()))
     if not activation.per_token:
         target = builder.ints("grid", [*_copied(leading), groups, activation.group_size])
@@ -162,7 +167,7 @@ def _unsigned_products(builder: NodeBuilder, activation: Activation, scales: _Sc
     codes = builder.op("codes", "QuantizeLinear", [x, scales.blocked, middle.outputs[0]], _UINT8, shape, blocked)
     if scales.multipliers is None:
         return codes
-    leading, groups = _leading(activation), grid[-1]
+    leading, groups = _leading(activation), activation.groups
     split = builder.ints("grid", [*_copied(leading), groups, activation.group_size])
     column = builder.ints("column", [*_copied(leading), groups, 1])
     by_group = builder.op("Reshape", "Reshape", [codes, split], _UINT8, (*grid, activation.group_size))
@@ -195,7 +200,7 @@ def _leading(activation: Activation) -> tuple[Dim, ...]:
 
 
 def _grid(activation: Activation) -> tuple[Dim, ...]:
-    return (*_leading(activation), activation.channels // activation.group_size)
+    return (*_leading(activation), activation.groups)
 
 
 def _copied(leading: tuple[Dim, ...]) -> list[int]:

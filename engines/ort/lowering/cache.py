@@ -291,7 +291,7 @@ def _is_read(node: ir.Node) -> bool:
 
 def _replace_present(site: AttentionSite, present: Sequence[ir.Value]) -> None:
     for tensor, value in zip((site.keys, site.values), present, strict=True):
-        value.shape, value.dtype = tensor.past.shape, tensor.past.dtype
+        value.shape, value.type = tensor.past.shape, tensor.past.type
         replace_value(tensor.present, value)
 
 

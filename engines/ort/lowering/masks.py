@@ -54,7 +54,8 @@ class _Prompt:
         seen = keys <= queries
         if window is not None:
             seen &= keys > queries - window
-        return seen[None, None] & (self.mask[:, None, None, :] == 1)
+        let_through: Bools = seen[None, None] & (self.mask[:, None, None, :] == 1)
+        return let_through
 
 
 def classify_masks(model: ir.Model, masks: Sequence[ir.Value], context_length: int) -> dict[str, MaskKind]:
@@ -128,7 +129,8 @@ class _Masks:
         if name == "attention_mask":
             return prompt.mask
         if name == "position_ids":
-            return np.maximum(prompt.mask.cumsum(axis=1) - 1, 0)[:, prompt.past :]
+            positions: NDArray[np.int64] = np.maximum(prompt.mask.cumsum(axis=1) - 1, 0)
+            return positions[:, prompt.past :]
         sizes = {"batch": rows, "sequence": total - prompt.past, "past": prompt.past, "total": total}
         shape = [size if isinstance(size, int) else sizes[str(size.value)] for size in value.shape or ()]
         of_vision = prompt.vision and name == TOKEN_TYPES

@@ -91,7 +91,7 @@ def gather_rows(graph: ir.Graph, last: AttentionSite) -> None:
 def remove_unused(model: ir.Model) -> None:
     """Removes what no output depends on: nodes, initializers, functions, inputs."""
     RemoveUnusedNodesPass()(model)
-    RemoveUnusedFunctionsPass()(model)
+    RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]  # onnx-ir leaves its __init__ untyped
     for value in list(model.graph.inputs):
         if not value.uses() and not value.is_graph_output():
             model.graph.inputs.remove(value)
