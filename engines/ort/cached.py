@@ -98,7 +98,7 @@ class CachedSession:
         if token_type_ids is not None:
             inputs[TOKEN_TYPES] = _to_right(token_type_ids.astype(np.int64, copy=False), lengths)
         binding = self._bind(self._decoder.prefill)
-        # A binding does not keep the arrays alive that it points to.
+        # Kept alive here: ONNX Runtime does not promise that a binding does it.
         bound = {name: np.asarray(inputs[name], order="C") for name in self._decoder.prefill_inputs & inputs.keys()}
         for name, array in bound.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
@@ -161,7 +161,7 @@ class _Step:
     """What a run for single tokens is bound to; the arrays are written in place."""
 
     binding: ort.IOBinding
-    # A binding does not keep the arrays alive that it points to.
+    # Kept alive here: ONNX Runtime does not promise that a binding does it.
     arrays: Mapping[str, Array]
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The ONNX Runtime CPU engine on the tiny bundle, and on bundles that are broken."""
+"""The reference engine on the tiny bundle, and on bundles that are broken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from qavp_export import QavpModel
 from qavp_export.engines import ENGINES, Engine, EngineOptions, available_engines, load_engine
-from qavp_export.engines.ort import OrtCpuEngine
+from qavp_export.engines.ort.reference import OrtReferenceEngine
 from qavp_export.errors import BundleError, InputError, PromptError, QavpError, UnavailableError
 from qavp_export.manifest import MANIFEST_NAME, Manifest, TensorSpec
 from tests.runtime.tiny_bundle import (
@@ -46,7 +46,7 @@ def manifest(bundle):
 
 @pytest.fixture(scope="module")
 def engine(bundle, manifest):
-    return load_engine("ort-cpu", bundle, manifest, OPTIONS)
+    return load_engine("ort-reference", bundle, manifest, OPTIONS)
 
 
 @pytest.fixture
@@ -59,19 +59,19 @@ def no_images():
 
 
 def test_registry(engine, bundle, manifest):
-    assert available_engines() == ["ort-cpu"]
+    assert {"ort-cpu", "ort-reference"} <= set(available_engines())
     assert isinstance(engine, Engine)
     with pytest.raises(TypeError):
-        ENGINES["mine"] = ENGINES["ort-cpu"]
+        ENGINES["mine"] = ENGINES["ort-reference"]
     with pytest.raises(UnavailableError, match=r"'mine' .*ort-cpu") as caught:
         load_engine("mine", bundle, manifest, OPTIONS)
     assert caught.value.exit_code == 3
 
 
 def test_engine_whose_package_is_missing(monkeypatch, bundle, manifest):
-    monkeypatch.setitem(sys.modules, "qavp_export.engines.ort", None)
+    monkeypatch.setitem(sys.modules, "qavp_export.engines.ort.reference", None)
     with pytest.raises(UnavailableError, match=r"cannot be imported .*; install onnxruntime"):
-        load_engine("ort-cpu", bundle, manifest, OPTIONS)
+        load_engine("ort-reference", bundle, manifest, OPTIONS)
 
 
 def test_encodes_images(engine):
@@ -117,6 +117,25 @@ def test_prefill_and_decode_carry_the_cache(engine):
         logits = session.decode(np.array(row_tokens)[:, None], mask, np.array([where[-1:] for _, where in history]))
 
 
+def test_keeps_the_last_logits_that_are_asked_for(engine):
+    embeds, mask, positions = engine.embed(np.array([[5, 9, 11]]), no_images()), np.ones((1, 3), np.int64), np.arange(3)
+    everything = engine.start().prefill(embeds, mask, positions[None])
+    for keep in (1, 2, 3):
+        kept = engine.start().prefill(embeds, mask, positions[None], logits_to_keep=keep)
+        np.testing.assert_array_equal(kept, everything[:, 3 - keep :])
+
+
+def test_reordered_rows_go_on_from_their_own_past(engine):
+    ids, mask, positions = np.array([[5, 9], [11, 20], [7, 8]]), np.ones((3, 2), np.int64), np.array([[0, 1]] * 3)
+    rows = np.array([2, 0, 0, 1])
+    session, sorted_before = engine.start(), engine.start()
+    session.prefill(engine.embed(ids, no_images()), mask, positions)
+    session.reorder(rows)
+    sorted_before.prefill(engine.embed(ids[rows], no_images()), mask[[0] * 4], positions[[0] * 4])
+    step = np.array([[30], [31], [32], [33]]), np.ones((4, 3), np.int64), np.full((4, 1), 2)
+    np.testing.assert_array_equal(session.decode(*step), sorted_before.decode(*step))
+
+
 def test_sessions_of_one_engine_are_independent(engine):
     embeds = engine.embed(np.array([[5, 6]]), no_images())
     ones, positions = np.ones((1, 2), np.int64), np.array([[0, 1]])
@@ -130,7 +149,7 @@ def test_sessions_of_one_engine_are_independent(engine):
 
 def test_session_options_are_deliberate(engine):
     # Reads back what ONNX Runtime was told, from the session itself.
-    session = engine._decoder._session
+    session = engine._decoder.prefill._session
     options = session.get_session_options()
     assert session.get_providers() == ["CPUExecutionProvider"]
     assert options.intra_op_num_threads == 1
@@ -166,7 +185,7 @@ def test_quantized_weights_keep_float_activations_at_every_level(copy, manifest,
     )
     graph.initializer.append(numpy_helper.from_array(np.array(0, np.float32), "zero"))
     onnx.save(model, copy / "decoder/model.onnx")
-    engine = OrtCpuEngine(copy, manifest, EngineOptions(threads=1, graph_optimization=level))
+    engine = OrtReferenceEngine(copy, manifest, EngineOptions(threads=1, graph_optimization=level))
     embeds = rng.normal(size=(1, 3, HIDDEN)).astype(np.float32)
     got = engine.start().prefill(embeds, np.ones((1, 3), np.int64), np.arange(3)[None])
     widen = numpy_helper.to_array(next(t for t in graph.initializer if t.name == "widen"))
@@ -180,12 +199,12 @@ def test_quantized_weights_keep_float_activations_at_every_level(copy, manifest,
 )
 def test_options_out_of_range(bundle, manifest, options, match):
     with pytest.raises(InputError, match=match):
-        OrtCpuEngine(bundle, manifest, EngineOptions(**options))
+        OrtReferenceEngine(bundle, manifest, EngineOptions(**options))
 
 
 def check_broken(folder, manifest, match):
     with pytest.raises(BundleError, match=match) as caught:
-        OrtCpuEngine(folder, manifest, OPTIONS)
+        OrtReferenceEngine(folder, manifest, OPTIONS)
     assert "\n" not in str(caught.value)
 
 
@@ -204,7 +223,7 @@ def test_missing_and_truncated_external_data(copy, manifest):
     path = copy / "embedding/model.onnx"
     model = onnx.load(path)
     onnx.save_model(model, path, save_as_external_data=True, location="model.onnx.data", size_threshold=400)
-    OrtCpuEngine(copy, manifest, OPTIONS)
+    OrtReferenceEngine(copy, manifest, OPTIONS)
     data = copy / "embedding/model.onnx.data"
     data.write_bytes(data.read_bytes()[:-40])
     check_broken(copy, manifest, "embedding/model.onnx cannot be opened")
@@ -287,7 +306,7 @@ def typed(bundle, tmp_path_factory):
 def test_decoder_that_takes_token_types(typed, engine):
     ids, ones, positions = np.array([[5, 9, 11]]), np.ones((1, 3), np.int64), np.arange(3)[None]
     embeds = engine.embed(ids, no_images())
-    plain, raised = engine.start(), OrtCpuEngine(typed, Manifest.read(typed), OPTIONS).start()
+    plain, raised = engine.start(), OrtReferenceEngine(typed, Manifest.read(typed), OPTIONS).start()
     expected = plain.prefill(embeds, ones, positions)
     types = np.array([[0, 1, 1]])
     # 100 has 5 bits less for the fraction than the logits
@@ -301,7 +320,7 @@ def test_decoder_that_takes_token_types(typed, engine):
 
 def test_model_tells_such_a_decoder_which_tokens_are_an_images(bundle, typed):
     picture = np.random.default_rng(1).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    plain, raised = (QavpModel.from_bundle(folder, threads=1) for folder in (bundle, typed))
+    plain, raised = (QavpModel.from_bundle(folder, "ort-reference", OPTIONS) for folder in (bundle, typed))
     prepared = plain.prepare([picture, None], ["w0", "w1 w2 w3"])
     shift = raised.logits([picture, None], ["w0", "w1 w2 w3"]) - plain.logits([picture, None], ["w0", "w1 w2 w3"])
     # differences of 100 and of 0, with the rounding of numbers above 100
