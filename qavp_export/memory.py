@@ -15,6 +15,11 @@ def release_memory() -> None:
     CLIP-L tower was seen to stay.
     """
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Gives memory that was freed back to the system, which glibc would keep for itself."""
     if sys.platform == "linux":
         # Other C libraries have no such function, and keep less.
         with contextlib.suppress(OSError, AttributeError):

@@ -17,7 +17,7 @@ from qavp_export.engines.ort.session import Graph, input_names
 from qavp_export.engines.ort.weights import read_weights
 from qavp_export.errors import BundleError, InputError, UnavailableError
 from qavp_export.manifest import Manifest
-from qavp_export.memory import release_memory
+from qavp_export.memory import trim_heap
 
 _VISION = ("w8a8", "fp32")
 _MEMORY = ("high", "low")
@@ -167,5 +167,5 @@ class LoweredGraphs:
         path, providers = self._folder / graph.file, self._backend.providers
         opened = Graph(title, path, self._options, graph.inputs, graph.outputs, weights, providers)
         # Weights that ONNX Runtime has packed are freed, but not to the system.
-        release_memory()
+        trim_heap()
         return opened

@@ -18,7 +18,7 @@ from PIL import Image
 
 from qavp_export import QavpModel, pipeline
 from qavp_export.engines import Engine, EngineOptions, load_engine
-from qavp_export.engines.ort import cpu, lowered
+from qavp_export.engines.ort import cpu
 from qavp_export.engines.ort.cached import CachedSession
 from qavp_export.engines.ort.growing import GrowingSession
 from qavp_export.engines.ort.lowering import decoder as decoder_lowering
@@ -55,12 +55,6 @@ def _export(folder: Path, checkpoint: Path, recipe: str = "rtn", **fields: Any) 
         checkpoint, make_recipe(recipe, recipe_fields), folder, name="tiny", force=False, progress=lambda *_: None
     )
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _quick_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Collecting garbage takes longer than to load a tiny model."""
-    monkeypatch.setattr(lowered, "release_memory", lambda: None)
 
 
 @pytest.fixture(scope="module")
