@@ -158,7 +158,8 @@ def test_every_change_is_noticed(tmp_path: Path) -> None:
         ("{", "cannot be read"),
         ("[]", "schema version None"),
         ('{"schema_version": 99}', "schema version 99"),
-        ('{"schema_version": 2}', "is incomplete"),
+        ('{"schema_version": 2}', "schema version 2, this qavp-export reads 3"),
+        ('{"schema_version": 3}', "is incomplete"),
     ],
 )
 def test_bad_manifests(tmp_path: Path, content: str, message: str) -> None:

@@ -32,7 +32,7 @@ class Backend:
         providers: Execution providers of ONNX Runtime, best first.
         device: Where the key/value cache lies.
         cache: Type of keys and values.
-        vision: How the vision tower runs unless the options say otherwise.
+        vision: How the vision tower runs beside a quantized decoder, unless the options say otherwise.
         suffix: Graphs whose name ends with it are preferred.
     """
 
@@ -61,7 +61,10 @@ class LoweredEngine(OrtEncoders):
         _check_options(options)
         # What needs most memory to open comes first.
         prefill, decode = graphs.bodies(low_memory=options.cpu_memory == "low")
-        super().__init__(bundle, manifest, options, graphs.vision(options.vision))
+        quantized = any(precision.startswith("w") for precision in manifest.precision.values())
+        # Who asks for a float decoder asks for the model as it is.
+        vision = options.vision or (graphs.backend.vision if quantized else "fp32")
+        super().__init__(bundle, manifest, options, graphs.vision(vision))
         self._decoder = graphs.decoder(self, prefill, decode, manifest)
 
     def start(self, capacity: int = 0) -> CachedSession | GrowingSession:
@@ -99,6 +102,9 @@ class LoweredGraphs:
         options: How they are opened.
         backend: Where they run.
 
+    Attributes:
+        backend: Where they run.
+
     Raises:
         BundleError: The plan is missing or cannot be read.
     """
@@ -106,13 +112,13 @@ class LoweredGraphs:
     def __init__(self, bundle: Path, options: EngineOptions, backend: Backend) -> None:
         self._bundle = bundle
         self._options = options
-        self._backend = backend
+        self.backend = backend
         self._folder = bundle / backend.folder
         self._plan = EnginePlan.read(self._folder)
 
-    def vision(self, kind: str | None) -> Graph:
-        """Opens the vision encoder; None: as it runs on this backend."""
-        return self.open(f"vision_encoder.{kind or self._backend.vision}", "vision encoder")
+    def vision(self, precision: str) -> Graph:
+        """Opens the vision encoder."""
+        return self.open(f"vision_encoder.{precision}", "vision encoder")
 
     def bodies(self, *, low_memory: bool) -> tuple[OpenedBody, OpenedBody]:
         """Opens what runs prompts and what runs single tokens; they may be one.
@@ -146,8 +152,8 @@ class LoweredGraphs:
             prefill.inputs,
             decode.inputs,
             manifest.decoder,
-            self._backend.device,
-            self._backend.cache,
+            self.backend.device,
+            self.backend.cache,
         )
 
     def _body(self, name: str) -> OpenedBody:
@@ -159,12 +165,12 @@ class LoweredGraphs:
         Raises:
             BundleError: It is missing or cannot be opened.
         """
-        exact = f"{name}{self._backend.suffix}"
+        exact = f"{name}{self.backend.suffix}"
         graph = self._plan.graphs.get(exact) or self._plan.graphs.get(name)
         if graph is None:
             raise BundleError(f"{self._folder / PLAN_NAME} has no graph {name!r}; export the bundle again")
         weights = read_weights(self._bundle, graph.weights, self._options.threads or os.cpu_count() or 1)
-        path, providers = self._folder / graph.file, self._backend.providers
+        path, providers = self._folder / graph.file, self.backend.providers
         opened = Graph(title, path, self._options, graph.inputs, graph.outputs, weights, providers)
         # Weights that ONNX Runtime has packed are freed, but not to the system.
         trim_heap()

@@ -18,6 +18,8 @@ from qavp_export.errors import BundleError, ParityError, QavpError, UnavailableE
 from tests.runtime.tiny_bundle import ASSISTANT, BOS, EOS, USER, WORDS, reference_answer, write_bundle
 
 # torch looks as if it were not installed, as in production; with it, transformers would import it for seconds.
+# The bundle is made by hand, and has nothing for the other engines.
+REFERENCE = ("--engine", "ort-reference")
 PROCESS = "import sys; sys.modules['torch'] = None; from qavp_export.cli.run import main; sys.exit(main())"
 
 
@@ -71,7 +73,7 @@ def one_error_line(capsys):
 
 
 def test_process_prints_the_answer_and_nothing_else(bundle, files, pictures):
-    arguments = [str(bundle), "--image", files[0], "--prompt", "w0 w3", "--max-new-tokens", "6"]
+    arguments = [str(bundle), *REFERENCE, "--image", files[0], "--prompt", "w0 w3", "--max-new-tokens", "6"]
     done = subprocess.run(
         [sys.executable, "-c", PROCESS, *arguments], capture_output=True, text=True, timeout=120, check=False
     )
@@ -80,7 +82,7 @@ def test_process_prints_the_answer_and_nothing_else(bundle, files, pictures):
 
 
 def test_two_images_and_json(bundle, files, pictures, capsys):
-    arguments = [str(bundle), "--prompt", "w5 w3", "--json", "--max-new-tokens", "5", "--threads", "1"]
+    arguments = [str(bundle), *REFERENCE, "--prompt", "w5 w3", "--json", "--max-new-tokens", "5", "--threads", "1"]
     assert run.main([*arguments, "--image", files[0], "--image", files[1]]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
@@ -98,7 +100,7 @@ def test_two_images_and_json(bundle, files, pictures, capsys):
 
 
 def test_text_only_raw_prompt_of_one_token(bundle, capsys):
-    arguments = [str(bundle), "--prompt", "w5", "--raw", "--json", "--max-new-tokens", "1"]
+    arguments = [str(bundle), *REFERENCE, "--prompt", "w5", "--raw", "--json", "--max-new-tokens", "1"]
     assert run.main(arguments) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["token_ids"] == reference_answer([WORDS.index("w5")], 1)
@@ -107,7 +109,7 @@ def test_text_only_raw_prompt_of_one_token(bundle, capsys):
 
 def test_sampling_flags_reach_the_model(bundle, capsys):
     def answer(*flags):
-        arguments = [str(bundle), "--prompt", "w5 w3", "--max-new-tokens", "8"]
+        arguments = [str(bundle), *REFERENCE, "--prompt", "w5 w3", "--max-new-tokens", "8"]
         assert run.main([*arguments, *flags]) == 0
         return capsys.readouterr().out
 
@@ -142,21 +144,21 @@ def test_help_has_an_example(capsys):
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(bundle, capsys, arguments, match):
-    assert run.main([argument.format(bundle=bundle) for argument in arguments]) == 2
+    assert run.main([*(argument.format(bundle=bundle) for argument in arguments), *REFERENCE]) == 2
     line = one_error_line(capsys)
     assert line.startswith("error: ")
     assert match in line
 
 
 def test_unavailable_engine_is_exit_3(bundle, capsys):
-    assert run.main([str(bundle), "--prompt", "w1", "--engine", "warp"]) == 3
+    assert run.main([str(bundle), *REFERENCE, "--prompt", "w1", "--engine", "warp"]) == 3
     assert "'warp' does not exist; available here: ort-cpu" in one_error_line(capsys)
 
 
 def test_closed_pipe_is_quiet(bundle):
     read, write = os.pipe()
     os.close(read)
-    arguments = [str(bundle), "--prompt", "w0 w3"]
+    arguments = [str(bundle), *REFERENCE, "--prompt", "w0 w3"]
     with os.fdopen(write, "wb") as pipe:
         done = subprocess.run(
             [sys.executable, "-c", PROCESS, *arguments],
@@ -212,7 +214,7 @@ def test_interrupt_while_generating(bundle, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run.QavpModel, "generate_steps", interrupt)
-    assert run.main([str(bundle), "--prompt", "w1"]) == 130
+    assert run.main([str(bundle), *REFERENCE, "--prompt", "w1"]) == 130
     assert one_error_line(capsys) == "interrupted"
 
 
@@ -221,7 +223,7 @@ def test_eos_is_counted_but_not_printed(bundle, tmp_path, capsys):
     Image.fromarray(picture).save(tmp_path / "a.png")
     expected = ids_of([picture], "w4 w3", 10)
     assert expected[-1] == EOS
-    assert run.main([str(bundle), "--prompt", "w4 w3", "--image", str(tmp_path / "a.png"), "--json"]) == 0
+    assert run.main([str(bundle), *REFERENCE, "--prompt", "w4 w3", "--image", str(tmp_path / "a.png"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["token_ids"] == expected
     assert result["answer"] == text_of(expected)

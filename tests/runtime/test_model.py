@@ -178,7 +178,7 @@ def test_image_token_in_a_users_text_is_refused(model, pictures):
 
 
 def test_bundle_without_chat_template(tmp_path, pictures):
-    model = QavpModel.from_bundle(write_bundle(tmp_path / "plain", chat_template=None))
+    model = QavpModel.from_bundle(write_bundle(tmp_path / "plain", chat_template=None), "ort-reference")
     with pytest.raises(PromptError, match="no chat template"):
         model.generate(pictures[0], "w1")
     expected = reference_answer([pictures[0], *words("w1")], 3)
@@ -196,17 +196,21 @@ def test_chat_template_in_a_processors_file(tmp_path, pictures, name):
     )
     path.write_text(json.dumps(settings))
     expected = reference_answer([pictures[0], *words("w9 w32")], 4)
-    assert QavpModel.from_bundle(folder).generate_ids(pictures[0], "w9", max_new_tokens=4) == [expected]
+    assert QavpModel.from_bundle(folder, "ort-reference").generate_ids(pictures[0], "w9", max_new_tokens=4) == [
+        expected
+    ]
 
 
 def test_chat_template_that_fails_is_one_line(tmp_path):
-    model = QavpModel.from_bundle(write_bundle(tmp_path / "odd", chat_template="{{ raise_exception('no\nway') }}"))
+    model = QavpModel.from_bundle(
+        write_bundle(tmp_path / "odd", chat_template="{{ raise_exception('no\nway') }}"), "ort-reference"
+    )
     with pytest.raises(BundleError, match=r"chat template fails \(no way\)"):
         model.generate(None, "w1")
 
 
 def test_missing_jinja2_is_named(bundle, monkeypatch):
-    model = QavpModel.from_bundle(bundle)
+    model = QavpModel.from_bundle(bundle, "ort-reference")
 
     def no_jinja(*_, **__):
         raise ImportError("apply_chat_template requires jinja2 to be installed.")
@@ -307,7 +311,7 @@ def test_bundle_with_a_corrupt_processor_file(bundle, tmp_path, name):
     broken = shutil.copytree(bundle, tmp_path / "broken")
     (broken / name).write_text("{ not json")
     with pytest.raises(BundleError) as caught:
-        QavpModel.from_bundle(broken)
+        QavpModel.from_bundle(broken, "ort-reference")
     assert "\n" not in str(caught.value)
 
 
@@ -317,7 +321,7 @@ def test_bundle_without_a_fixed_image_size(bundle, tmp_path):
     manifest["components"]["vision_encoder"]["inputs"][0]["shape"] = ["B", 3, "H", "W"]
     (other / "qavp.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="no fixed image size"):
-        QavpModel.from_bundle(other)
+        QavpModel.from_bundle(other, "ort-reference")
 
 
 def test_number_of_tokens_after_pruning(model, pictures):
