@@ -10,7 +10,7 @@ from qavp_export.engines import TOKEN_TYPES, EngineOptions
 from qavp_export.engines.ort.encoders import OrtEncoders
 from qavp_export.engines.ort.growing import GrowingDecoder, GrowingSession
 from qavp_export.engines.ort.session import cache_names, input_names, open_graph
-from qavp_export.errors import UnavailableError
+from qavp_export.errors import InputError, UnavailableError
 from qavp_export.manifest import Manifest
 
 _NVFP4 = "nvfp4"
@@ -26,9 +26,14 @@ class OrtReferenceEngine(OrtEncoders):
         """Opens the graphs; see `OrtEncoders`.
 
         Raises:
+            InputError: An option asks for what the canonical graphs do not do.
             UnavailableError: The decoder is in NVFP4.
         """
         check_format(bundle, manifest)
+        if options.vision == "w8a8" or options.cpu_memory != "high":
+            raise InputError(
+                "engine ort-reference runs the canonical graphs as they are; leave vision and cpu_memory out"
+            )
         super().__init__(bundle, manifest, options)
         past, present = cache_names(manifest.decoder.num_layers)
         typed = TOKEN_TYPES in input_names(manifest, "decoder")
