@@ -15,7 +15,7 @@ from qavp_export.engines.ort.growing import GrowingDecoder, GrowingSession
 from qavp_export.engines.ort.plan import PLAN_NAME, EnginePlan
 from qavp_export.engines.ort.session import Graph, input_names
 from qavp_export.engines.ort.weights import read_weights
-from qavp_export.errors import BundleError, InputError, UnavailableError
+from qavp_export.errors import BundleError, InputError, QavpError, UnavailableError
 from qavp_export.manifest import Manifest
 from qavp_export.memory import trim_heap
 
@@ -164,6 +164,7 @@ class LoweredGraphs:
 
         Raises:
             BundleError: It is missing or cannot be opened.
+            QavpError: Memory does not suffice.
         """
         exact = f"{name}{self.backend.suffix}"
         graph = self._plan.graphs.get(exact) or self._plan.graphs.get(name)
@@ -171,7 +172,12 @@ class LoweredGraphs:
             raise BundleError(f"{self._folder / PLAN_NAME} has no graph {name!r}; export the bundle again")
         weights = read_weights(self._bundle, graph.weights, self._options.threads or os.cpu_count() or 1)
         path, providers = self._folder / graph.file, self.backend.providers
-        opened = Graph(title, path, self._options, graph.inputs, graph.outputs, weights, providers)
+        try:
+            opened = Graph(title, path, self._options, graph.inputs, graph.outputs, weights, providers)
+        except MemoryError as error:
+            raise QavpError(
+                f"not enough memory for the {title} of {self._bundle}; use --cpu-memory low or a machine with more"
+            ) from error
         # Weights that ONNX Runtime has packed are freed, but not to the system.
         trim_heap()
         return opened

@@ -15,7 +15,7 @@ import typer
 
 from qavp_export.cli.common import run_command
 from qavp_export.engines import EngineOptions
-from qavp_export.runtime import QavpModel, Sampling
+from qavp_export.runtime import Prepared, QavpModel, Sampling
 
 _HELP = """Ask a bundle a question about one or several images; the answer streams to stdout.
 
@@ -61,7 +61,7 @@ def run(  # noqa: D103
         float | None,
         typer.Option(help="Share of vision tokens that survives, within the bundle's range; else its default."),
     ] = None,
-    engine: Annotated[str, typer.Option(help="What runs the bundle.")] = "ort-cpu",
+    engine: Annotated[str, typer.Option(help="What runs the bundle: ort-cpu, ort-cuda or ort-reference.")] = "ort-cpu",
     threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
     vision: Annotated[
         str | None, typer.Option(help="Vision tower of engine ort-cpu: w8a8 or fp32.", show_default="w8a8")
@@ -99,20 +99,24 @@ def run(  # noqa: D103
             sys.stdout.write(piece)
             sys.stdout.flush()
     if as_json:
-        result: dict[str, Any] = {
-            "answer": answer.text,
-            "tokens": {
-                "prompt": int(prepared.attention_mask.sum()),
-                "vision": sum(len(indices) for indices in prepared.kept_indices),
-                "vision_before_pruning": sum(prepared.unpruned_tokens),
-                "answer": len(answer.tokens),
-            },
-            "token_ids": answer.tokens,
-            "seconds": answer.timings(load_seconds),
-            "engine": engine,
-        }
-        sys.stdout.write(json.dumps(result, ensure_ascii=False))
+        sys.stdout.write(json.dumps(_result(answer, prepared, engine, load_seconds), ensure_ascii=False))
     sys.stdout.write("\n")
+
+
+def _result(answer: _Answer, prepared: Prepared, engine: str, load_seconds: float) -> dict[str, Any]:
+    """Returns an answer as JSON values."""
+    return {
+        "answer": answer.text,
+        "tokens": {
+            "prompt": int(prepared.attention_mask.sum()),
+            "vision": sum(len(indices) for indices in prepared.kept_indices),
+            "vision_before_pruning": sum(prepared.unpruned_tokens),
+            "answer": len(answer.tokens),
+        },
+        "token_ids": answer.tokens,
+        "seconds": answer.timings(load_seconds),
+        "engine": engine,
+    }
 
 
 def _pieces(model: QavpModel, steps: Iterator[list[int | None]], answer: _Answer) -> Iterator[str]:

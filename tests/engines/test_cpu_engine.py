@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from qavp_export.engines.ort.growing import GrowingSession
 from qavp_export.engines.ort.lowering import decoder as decoder_lowering
 from qavp_export.engines.ort.lowering.build import build_engines
 from qavp_export.engines.ort.plan import CPU_FOLDER, PLAN_NAME
-from qavp_export.errors import BundleError, GraphError, InputError, UnavailableError
+from qavp_export.errors import BundleError, GraphError, InputError, QavpError, UnavailableError
 from qavp_export.manifest import Manifest
 from qavp_export.recipe import make_recipe
 from tests.engines.generations import check_close, run_all
@@ -383,3 +383,13 @@ def test_graphs_hold_no_weights_and_the_manifest_says_what_runs(bundle: Path, ma
     assert entry["precision"]["prefill"] == {"w4a4": 14}
     assert entry["precision"]["decode"] == entry["precision"]["decoder"] == {"w4a8": 14}
     assert entry["precision"]["head"] == {"w8a8": 1}
+
+
+def test_too_little_memory_is_one_line(copy: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: Any) -> Iterator[tuple[str, Array]]:
+        raise MemoryError
+        yield
+
+    monkeypatch.setattr("qavp_export.engines.ort.lowered.read_weights", none_left)
+    with pytest.raises(QavpError, match="not enough memory for the probe of .*; use --cpu-memory low"):
+        load_engine("ort-cpu", copy, manifest, OPTIONS)
