@@ -386,10 +386,10 @@ def test_graphs_hold_no_weights_and_the_manifest_says_what_runs(bundle: Path, ma
 
 
 def test_too_little_memory_is_one_line(copy: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none_left(*_: Any) -> Iterator[tuple[str, Array]]:
+    def none_left(*_: Any) -> Iterator[tuple[str, Any]]:
         raise MemoryError
         yield
 
     monkeypatch.setattr("qavp_export.engines.ort.lowered.read_weights", none_left)
-    with pytest.raises(QavpError, match="not enough memory for the probe of .*; use --cpu-memory low"):
+    with pytest.raises(QavpError, match=r"not enough memory for the probe of .*; use --cpu-memory low"):
         load_engine("ort-cpu", copy, manifest, OPTIONS)
