@@ -20,7 +20,6 @@ Array = NDArray[Any]
 
 # Capacities are multiples of this.
 _STEP = 64
-_PAST = "past_key_values."
 
 
 @dataclass(frozen=True)
@@ -141,19 +140,18 @@ class CachedSession:
 
     def _allocate(self, rows: int, tokens: int) -> None:
         spec = self._decoder.spec
-        self._capacity = -(-tokens // _STEP) * _STEP
+        self._capacity = _whole_steps(tokens)
         shape = (rows, spec.num_key_value_heads, self._capacity, spec.head_dim)
         # Zeros, since what is not filled yet is multiplied by zero; the system gives the memory when it is written.
         self._cache = [self._decoder.on_device(np.zeros(shape, self._decoder.dtype)) for _ in self._past_names]
         self._step = None
 
     def _grow(self, tokens: int) -> None:
-        filled, old = self._capacity, self._cache
-        self._allocate(old[0].shape()[0], max(tokens, 2 * filled))
-        for number, before in enumerate(old):
-            grown = np.zeros(self._cache[number].shape(), self._decoder.dtype)
-            grown[:, :, :filled] = before.numpy()
-            self._cache[number] = self._decoder.on_device(grown)
+        filled = self._capacity
+        self._capacity = _whole_steps(max(tokens, 2 * filled))
+        behind = ((0, 0), (0, 0), (0, self._capacity - filled), (0, 0))
+        self._cache = [self._decoder.on_device(np.pad(tensor.numpy(), behind)) for tensor in self._cache]
+        self._step = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +179,10 @@ class _Step:
         self.arrays["position_ids"][:] = positions
         self.arrays["seqlens_k"][:] = seqlens
         self.arrays["total_sequence_length"][()] = total
+
+
+def _whole_steps(tokens: int) -> int:
+    return -(-tokens // _STEP) * _STEP
 
 
 def _lengths(attention_mask: IntArray) -> IntArray:

@@ -171,20 +171,18 @@ def _flat(parts: _Parts) -> Array:
 
 def _products(parts: _Parts) -> Array:
     """Returns codes times the multipliers of their groups `[K,N]` int8; codes alone if there are no multipliers."""
+    if "multipliers" not in parts:
+        return parts.array("codes")
     inputs, outputs = parts.shape("codes")
     products = np.empty((inputs, outputs), np.int8)
-    multipliers = parts.array("multipliers") if "multipliers" in parts else None
-    groups = max(1, _BLOCK // (outputs * parts.block)) if multipliers is not None else 1
-    step = groups * parts.block if multipliers is not None else max(1, _BLOCK // outputs)
+    multipliers = parts.array("multipliers")
+    step = max(1, _BLOCK // (outputs * parts.block)) * parts.block
+    grid = (-1, parts.block, outputs)
     for start in range(0, inputs, step):
         stop = min(start + step, inputs)
-        codes, target = parts.rows("codes", start, stop), products[start:stop]
-        if multipliers is None:
-            target[:] = codes
-            continue
-        grid = (-1, parts.block, outputs)
+        codes = parts.rows("codes", start, stop).reshape(grid)
         of_rows = multipliers[start // parts.block : stop // parts.block, None]
-        np.multiply(codes.reshape(grid), of_rows, out=target.reshape(grid))
+        np.multiply(codes, of_rows, out=products[start:stop].reshape(grid))
     return products
 
 
@@ -209,9 +207,7 @@ def _packed8(parts: _Parts) -> Array:
     """Returns 8-bit codes as MatMulNBits has them: `[N,K/block,block]` uint8 around a zero point of 128."""
     inputs, outputs = parts.shape("codes")
     packed = np.empty((outputs, inputs), np.uint8)
-    step = max(1, _BLOCK // outputs)
-    for start in range(0, inputs, step):
-        stop = min(start + step, inputs)
+    for start, stop in _steps((inputs, outputs)):
         packed[:, start:stop] = _flip_sign(parts.rows("codes", start, stop)).T
     return packed.reshape(outputs, inputs // parts.block, parts.block)
 

@@ -9,7 +9,7 @@ from qavp_export.engines.ort.lowering.weights import WeightPlans
 from qavp_export.errors import GraphError
 
 _FLOAT = ir.DataType.FLOAT
-_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def widen_halves(graph: ir.Graph, plans: WeightPlans) -> None:
@@ -23,7 +23,7 @@ def widen_halves(graph: ir.Graph, plans: WeightPlans) -> None:
         GraphError: A 16-bit weight is read by an operator that is not known here.
     """
     for value in list(graph.initializers.values()):
-        if value.dtype not in _HALF or value.shape is None:
+        if value.dtype not in HALF or value.shape is None:
             continue
         sizes = value.shape.numpy()
         wide = plans.add(graph, f"{value.name}.widened", "widened", {"tensor": value}, _FLOAT, sizes)

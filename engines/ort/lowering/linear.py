@@ -115,7 +115,31 @@ def lower_linears(
     return precision
 
 
-def integer_matmul(
+def replace_by_product(
+    graph: ir.Graph,
+    node: ir.Node,
+    activation: tuple[ir.Value, ir.Value],
+    weight: ir.Value,
+    scales: ir.Value,
+    capabilities: Capabilities,
+) -> None:
+    """Puts a product of 8-bit integers, times the scales of output channels and tokens, in the place of a MatMul.
+
+    Args:
+        graph: The graph.
+        node: The MatMul.
+        activation: What `ActivationQuantizers.products` returns for its input.
+        weight: `[K,N]`, of the type and around the zero point that the provider takes.
+        scales: `[N]` float.
+        capabilities: What the provider runs fast.
+    """
+    codes, per_token = activation
+    builder, shape = NodeBuilder(name_of(node)), tuple(node.outputs[0].shape or ())
+    product = _integer_matmul(builder, codes, weight, scales, shape, capabilities)
+    _replace(graph, node, builder, builder.op("per_token", "Mul", [product, per_token], _FLOAT, shape))
+
+
+def _integer_matmul(
     builder: NodeBuilder,
     codes: ir.Value,
     weight: ir.Value,
@@ -123,16 +147,7 @@ def integer_matmul(
     shape: tuple[Dim, ...],
     capabilities: Capabilities,
 ) -> ir.Value:
-    """Adds the product of 8-bit integers, times the scales of the output channels.
-
-    Args:
-        builder: Takes the nodes.
-        codes: `[...,K]`, of the type and around the zero point that the provider takes.
-        weight: `[K,N]`, likewise.
-        scales: `[N]` float.
-        shape: Shape of the result `[...,N]`.
-        capabilities: What the provider runs fast.
-    """
+    """Adds the product of 8-bit integers, times the scales of the output channels."""
     if not capabilities.fused_scales:
         product = builder.op("MatMulInteger", "MatMulInteger", [codes, weight], ir.DataType.INT32, shape)
         product = builder.op("Cast", "Cast", [product], _FLOAT, shape, {"to": int(_FLOAT)})
@@ -170,12 +185,7 @@ def _to_integers(
     weight = plans.add(graph, f"{layer.codes.name}.{form}", form, parts, capabilities.weights, layer.sizes, layer.block)
     of_output = layer.scales["steps"] if "steps" in layer.scales else layer.scales["scales"]
     scales = plans.add(graph, f"{of_output.name}.flat", "flat", {"tensor": of_output}, _FLOAT, layer.sizes[1:])
-    output = layer.node.outputs[0]
-    shape = tuple(output.shape or ())
-    builder = NodeBuilder(name_of(layer.node))
-    product = integer_matmul(builder, codes, weight, scales, shape, capabilities)
-    result = builder.op("per_token", "Mul", [product, per_token], _FLOAT, shape)
-    _replace(graph, layer.node, builder, result)
+    replace_by_product(graph, layer.node, (codes, per_token), weight, scales, capabilities)
 
 
 def _to_packed(graph: ir.Graph, layer: QuantizedLinear, plans: WeightPlans) -> None:

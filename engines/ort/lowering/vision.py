@@ -9,18 +9,17 @@ from typing import Literal
 import onnx_ir as ir
 
 from qavp_export.engines.ort.lowering.activations import Activation, ActivationQuantizers
+from qavp_export.engines.ort.lowering.attention import static_size
 from qavp_export.engines.ort.lowering.capabilities import Capabilities
-from qavp_export.engines.ort.lowering.half import widen_halves
-from qavp_export.engines.ort.lowering.linear import integer_matmul, replace_value
+from qavp_export.engines.ort.lowering.half import HALF, widen_halves
+from qavp_export.engines.ort.lowering.linear import replace_by_product, replace_value
 from qavp_export.engines.ort.lowering.split import remove_unused
 from qavp_export.engines.ort.lowering.weights import Lowered, WeightPlans
-from qavp_export.passes._builder import NodeBuilder
 from qavp_export.passes._linear import input_of, name_of
 
 VisionPrecision = Literal["w8a8", "fp32"]
 
 _FLOAT = ir.DataType.FLOAT
-_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _LARGEST_CODE = 127.0
 # Between tokens by heads and heads by tokens.
 _SWAP_HEADS = (0, 2, 1, 3)
@@ -77,16 +76,11 @@ def _round_linears(graph: ir.Graph, capabilities: Capabilities, plans: WeightPla
     for layer in list(_float_linears(graph)):
         inputs, outputs = layer.sizes
         activation = Activation(input_of(layer.node, 0), inputs, _LARGEST_CODE, two_level=False)
-        codes, per_token = quantizers.products(activation, layer.node)
+        product = quantizers.products(activation, layer.node)
         name, parts = str(layer.weight.name), {"tensor": layer.weight}
         weight = plans.add(graph, f"{name}.{form}", form, parts, capabilities.weights, layer.sizes)
         scales = plans.add(graph, f"{name}.rounded_scales", "rounded_scales", parts, _FLOAT, (outputs,))
-        builder = NodeBuilder(name_of(layer.node))
-        shape = tuple(layer.node.outputs[0].shape or ())
-        product = integer_matmul(builder, codes, weight, scales, shape, capabilities)
-        result = builder.op("per_token", "Mul", [product, per_token], _FLOAT, shape)
-        graph.insert_before(layer.node, builder.nodes)
-        replace_value(layer.node.outputs[0], result)
+        replace_by_product(graph, layer.node, product, weight, scales, capabilities)
         precision[name_of(layer.node)] = "w8a8"
     return precision
 
@@ -97,7 +91,7 @@ def _float_linears(graph: ir.Graph) -> Iterator[_FloatLinear]:
         if node.op_type != "MatMul" or node.domain not in ("", "ai.onnx"):
             continue
         x, weight = input_of(node, 0), _behind_cast(input_of(node, 1))
-        if not isinstance(weight.const_value, ir.ExternalTensor) or weight.dtype not in (_FLOAT, *_HALF):
+        if not isinstance(weight.const_value, ir.ExternalTensor) or weight.dtype not in (_FLOAT, *HALF):
             continue
         if weight.shape is None or len(weight.shape) != 2 or x.shape is None or node.outputs[0].shape is None:
             continue
@@ -121,7 +115,7 @@ def _join_heads(graph: ir.Graph) -> None:
         joined = _joined(node.outputs[0])
         if joined is None or any(value is None for value in by_token):
             continue
-        heads = {"q_num_heads": _heads(input_of(node, 0)), "kv_num_heads": _heads(input_of(node, 1))}
+        heads = {"q_num_heads": static_size(input_of(node, 0), 1), "kv_num_heads": static_size(input_of(node, 1), 1)}
         counts = [ir.AttrInt64(name, count) for name, count in heads.items()]
         attributes = [*node.attributes.values(), *counts]
         fused = ir.Node("", "Attention", by_token, attributes, num_outputs=1, name=f"{name_of(node)}/by_token")
@@ -129,14 +123,6 @@ def _join_heads(graph: ir.Graph) -> None:
         fused.outputs[0].type, fused.outputs[0].shape = joined.type, joined.shape
         graph.insert_before(node, fused)
         replace_value(joined, fused.outputs[0])
-
-
-def _heads(value: ir.Value) -> int:
-    """Returns H of `[B,H,T,d]`, which was seen to be a number."""
-    count = None if value.shape is None else value.shape[1]
-    if not isinstance(count, int):
-        raise TypeError(f"{value.name} has no static number of heads")
-    return count
 
 
 def _heads_of(value: ir.Value) -> ir.Value | None:
