@@ -178,6 +178,18 @@ ENGINES: Mapping[str, EngineEntry] = MappingProxyType(
             requires="onnxruntime",
             install="onnxruntime-gpu (onnxruntime on macOS)",
         ),
+        "tensorrt": EngineEntry(
+            module="qavp_export.engines.tensorrt.runtime",
+            attribute="TensorRtEngine",
+            requires="tensorrt",
+            install="tensorrt-cu13 and cuda-python",
+        ),
+        "tensorrt-rtx": EngineEntry(
+            module="qavp_export.engines.tensorrt.runtime",
+            attribute="TensorRtRtxEngine",
+            requires="tensorrt_rtx",
+            install="tensorrt-rtx-cu13 and cuda-python",
+        ),
     }
 )
 

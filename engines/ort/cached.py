@@ -12,14 +12,11 @@ from numpy.typing import NDArray
 
 from qavp_export.engines import TOKEN_TYPES, FloatArray, IntArray
 from qavp_export.engines.ort.encoders import OrtEmbedding
-from qavp_export.engines.ort.session import Graph, cache_names
-from qavp_export.errors import InputError
+from qavp_export.engines.ort.session import Graph
+from qavp_export.engines.sequences import cache_names, last_positions, lengths_of, to_right, whole_steps
 from qavp_export.manifest import DecoderSpec
 
 Array = NDArray[Any]
-
-# Capacities are multiples of this.
-_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -79,23 +76,20 @@ class CachedSession:
         Raises:
             InputError: A sequence has padding elsewhere than in front of it.
         """
-        lengths = _lengths(attention_mask)
+        lengths = lengths_of(attention_mask)
         rows, longest = attention_mask.shape
         self._allocate(rows, max(longest, self._wanted))
-        keep = min(logits_to_keep or longest, longest)
-        # Column c of a sequence padded on the left is token c - padding of it.
-        wanted = np.maximum(np.arange(longest - keep, longest)[None, :] - (longest - lengths)[:, None], 0)
         inputs: dict[str, Array] = {
-            "inputs_embeds": _to_right(inputs_embeds.astype(np.float32, copy=False), lengths),
-            "position_ids": _to_right(position_ids.astype(np.int64, copy=False), lengths),
-            "attention_mask": _to_right(attention_mask.astype(np.int64, copy=False), lengths),
+            "inputs_embeds": to_right(inputs_embeds.astype(np.float32, copy=False), lengths),
+            "position_ids": to_right(position_ids.astype(np.int64, copy=False), lengths),
+            "attention_mask": to_right(attention_mask.astype(np.int64, copy=False), lengths),
             TOKEN_TYPES: np.zeros_like(attention_mask),
-            "logit_positions": wanted.astype(np.int64),
+            "logit_positions": last_positions(lengths, longest, logits_to_keep),
             "seqlens_k": (lengths - 1).astype(np.int32),
             "total_sequence_length": np.array(longest, np.int32),
         }
         if token_type_ids is not None:
-            inputs[TOKEN_TYPES] = _to_right(token_type_ids.astype(np.int64, copy=False), lengths)
+            inputs[TOKEN_TYPES] = to_right(token_type_ids.astype(np.int64, copy=False), lengths)
         binding = self._bind(self._decoder.prefill)
         # Kept alive here: ONNX Runtime does not promise that a binding does it.
         bound = {name: np.asarray(inputs[name], order="C") for name in self._decoder.prefill_inputs & inputs.keys()}
@@ -111,7 +105,8 @@ class CachedSession:
         if longest > self._capacity:
             self._grow(longest)
         if self._step is None:
-            self._step = _Step.of(self._bind(self._decoder.decode), len(lengths), self._decoder.decode_inputs)
+            decoder = self._decoder
+            self._step = _Step.of(self._bind(decoder.decode), len(lengths), decoder.decode_inputs, decoder.device)
         step = self._step
         step.set(position_ids, lengths - 1, longest)
         step.binding.bind_ortvalue_input("inputs_embeds", self._decoder.embedding.embed_text(input_ids))
@@ -140,7 +135,7 @@ class CachedSession:
 
     def _allocate(self, rows: int, tokens: int) -> None:
         spec = self._decoder.spec
-        self._capacity = _whole_steps(tokens)
+        self._capacity = whole_steps(tokens)
         shape = (rows, spec.num_key_value_heads, self._capacity, spec.head_dim)
         # Zeros, since what is not filled yet is multiplied by zero; the system gives the memory when it is written.
         self._cache = [self._decoder.on_device(np.zeros(shape, self._decoder.dtype)) for _ in self._past_names]
@@ -148,7 +143,7 @@ class CachedSession:
 
     def _grow(self, tokens: int) -> None:
         filled = self._capacity
-        self._capacity = _whole_steps(max(tokens, 2 * filled))
+        self._capacity = whole_steps(max(tokens, 2 * filled))
         behind = ((0, 0), (0, 0), (0, self._capacity - filled), (0, 0))
         self._cache = [self._decoder.on_device(np.pad(tensor.numpy(), behind)) for tensor in self._cache]
         self._step = None
@@ -156,14 +151,20 @@ class CachedSession:
 
 @dataclass(frozen=True)
 class _Step:
-    """What a run for single tokens is bound to; the arrays are written in place."""
+    """What a run for single tokens is bound to; the arrays are written in place.
+
+    Attributes:
+        binding: The binding.
+        arrays: The inputs that change, by name; ONNX Runtime does not promise that a binding keeps them alive.
+        copied: Whether an input is copied to the device when it is bound, so that what is written later stays unseen.
+    """
 
     binding: ort.IOBinding
-    # Kept alive here: ONNX Runtime does not promise that a binding does it.
     arrays: Mapping[str, Array]
+    copied: bool
 
     @classmethod
-    def of(cls, binding: ort.IOBinding, rows: int, inputs: frozenset[str]) -> _Step:
+    def of(cls, binding: ort.IOBinding, rows: int, inputs: frozenset[str], device: str) -> _Step:
         arrays: dict[str, Array] = {
             "position_ids": np.zeros((rows, 1), np.int64),
             "seqlens_k": np.zeros(rows, np.int32),
@@ -171,36 +172,17 @@ class _Step:
             "logit_positions": np.zeros((rows, 1), np.int64),
             TOKEN_TYPES: np.zeros((rows, 1), np.int64),
         }
-        for name in inputs & arrays.keys():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(arrays[name]))
-        return cls(binding, arrays)
+        step = cls(binding, {name: arrays[name] for name in inputs & arrays.keys()}, copied=device != "cpu")
+        step._bind()
+        return step
 
     def set(self, positions: IntArray, seqlens: IntArray, total: int) -> None:
-        self.arrays["position_ids"][:] = positions
-        self.arrays["seqlens_k"][:] = seqlens
-        self.arrays["total_sequence_length"][()] = total
+        for name, value in (("position_ids", positions), ("seqlens_k", seqlens), ("total_sequence_length", total)):
+            if name in self.arrays:
+                self.arrays[name][...] = value
+        if self.copied:
+            self._bind()
 
-
-def _whole_steps(tokens: int) -> int:
-    return -(-tokens // _STEP) * _STEP
-
-
-def _lengths(attention_mask: IntArray) -> IntArray:
-    """Returns the tokens of each sequence `[B]`."""
-    lengths: IntArray = attention_mask.sum(axis=1)
-    columns = np.arange(attention_mask.shape[1])
-    padded = columns[None, :] < (attention_mask.shape[1] - lengths)[:, None]
-    if not np.array_equal(attention_mask == 0, padded) or not lengths.all():
-        raise InputError("attention_mask has padding behind or inside a sequence; pad on the left only")
-    return lengths
-
-
-def _to_right(array: Array, lengths: IntArray) -> Array:
-    """Moves the padding of `[B,S,...]` from the left to the right."""
-    longest = array.shape[1]
-    if (lengths == longest).all():
-        return array
-    moved = np.zeros_like(array)
-    for row, length in enumerate(lengths):
-        moved[row, :length] = array[row, longest - length :]
-    return moved
+    def _bind(self) -> None:
+        for name, array in self.arrays.items():
+            self.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))

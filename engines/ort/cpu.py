@@ -29,10 +29,19 @@ class OrtCpuEngine(LoweredEngine):
             UnavailableError: The decoder is in NVFP4.
         """
         check_format(bundle, manifest)
-        graphs = LoweredGraphs(bundle, options, _CPU)
-        if not multiplies_exactly(graphs):
-            graphs = LoweredGraphs(bundle, options, dataclasses.replace(_CPU, suffix=_UNSIGNED))
-        super().__init__(bundle, manifest, options, graphs)
+        super().__init__(bundle, manifest, options, cpu_graphs(bundle, options))
+
+
+def cpu_graphs(bundle: Path, options: EngineOptions) -> LoweredGraphs:
+    """Returns the graphs that this processor runs.
+
+    Raises:
+        BundleError: They are missing or cannot be read.
+    """
+    graphs = LoweredGraphs(bundle, options, _CPU)
+    if multiplies_exactly(graphs):
+        return graphs
+    return LoweredGraphs(bundle, options, dataclasses.replace(_CPU, suffix=_UNSIGNED))
 
 
 def multiplies_exactly(graphs: LoweredGraphs) -> bool:

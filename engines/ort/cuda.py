@@ -30,14 +30,24 @@ class OrtCudaEngine(LoweredEngine):
             UnavailableError: The decoder is in NVFP4, or the CUDA provider does not load here.
         """
         check_format(bundle, manifest)
-        _check_driver()
-        graphs = LoweredGraphs(bundle, options, _CUDA)
-        # ONNX Runtime would go on with the CPU provider alone.
-        if CUDA_PROVIDER not in graphs.open("probe", "probe").providers():
-            raise _unavailable(
-                f"the CUDA provider does not load; install CUDA and cuDNN for ONNX Runtime {ort.__version__}"
-            )
-        super().__init__(bundle, manifest, options, graphs)
+        super().__init__(bundle, manifest, options, cuda_graphs(bundle, options))
+
+
+def cuda_graphs(bundle: Path, options: EngineOptions) -> LoweredGraphs:
+    """Returns the graphs that ONNX Runtime's CUDA provider runs.
+
+    Raises:
+        BundleError: They are missing or cannot be read.
+        UnavailableError: The provider does not load here.
+    """
+    _check_driver()
+    graphs = LoweredGraphs(bundle, options, _CUDA)
+    # ONNX Runtime would go on with the CPU provider alone.
+    if CUDA_PROVIDER not in graphs.open("probe", "probe").providers():
+        raise _unavailable(
+            f"the CUDA provider does not load; install CUDA and cuDNN for ONNX Runtime {ort.__version__}"
+        )
+    return graphs
 
 
 def _check_driver() -> None:

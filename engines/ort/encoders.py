@@ -11,7 +11,7 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 
 from qavp_export.engines import EngineOptions, FloatArray, IntArray
 from qavp_export.engines.ort.session import Graph, input_names, open_graph, value
-from qavp_export.errors import PromptError
+from qavp_export.engines.sequences import check_placeholders
 from qavp_export.manifest import Manifest
 
 VISION_OUTPUTS = ("image_features", "kept_indices")
@@ -37,13 +37,7 @@ class OrtEmbedding:
 
     def embed(self, input_ids: IntArray, image_features: FloatArray) -> FloatArray:
         """See `Encoders.embed`."""
-        placeholders = int(np.count_nonzero(input_ids == self._image_token_id))
-        features = image_features.shape[0] * image_features.shape[1]
-        if placeholders != features:
-            raise PromptError(
-                f"the prompts have {placeholders} image placeholders and the images {features} features; "
-                "give each image as many placeholders as it has tokens"
-            )
+        check_placeholders(input_ids, image_features, self._image_token_id)
         inputs = {
             "input_ids": value(input_ids, np.int64),
             "image_features": value(image_features, np.float32),

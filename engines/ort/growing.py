@@ -9,7 +9,8 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 
 from qavp_export.engines import TOKEN_TYPES, FloatArray, IntArray
 from qavp_export.engines.ort.encoders import OrtEmbedding
-from qavp_export.engines.ort.session import Graph, Values, cache_names, value
+from qavp_export.engines.ort.session import Graph, Values, value
+from qavp_export.engines.sequences import cache_names
 from qavp_export.manifest import DecoderSpec
 
 

@@ -61,10 +61,7 @@ class LoweredEngine(OrtEncoders):
         _check_options(options)
         # What needs most memory to open comes first.
         prefill, decode = graphs.bodies(low_memory=options.cpu_memory == "low")
-        quantized = any(precision.startswith("w") for precision in manifest.precision.values())
-        # Who asks for a float decoder asks for the model as it is.
-        vision = options.vision or (graphs.backend.vision if quantized else "fp32")
-        super().__init__(bundle, manifest, options, graphs.vision(vision))
+        super().__init__(bundle, manifest, options, graphs.vision(vision_precision(graphs.backend, manifest, options)))
         self._decoder = graphs.decoder(self, prefill, decode, manifest)
 
     def start(self, capacity: int = 0) -> CachedSession | GrowingSession:
@@ -72,6 +69,13 @@ class LoweredEngine(OrtEncoders):
         if isinstance(self._decoder, GrowingDecoder):
             return GrowingSession(self._decoder)
         return CachedSession(self._decoder, capacity)
+
+
+def vision_precision(backend: Backend, manifest: Manifest, options: EngineOptions) -> str:
+    """Returns how the vision tower runs: `w8a8` or `fp32`."""
+    quantized = any(precision.startswith("w") for precision in manifest.precision.values())
+    # Who asks for a float decoder asks for the model as it is.
+    return options.vision or (backend.vision if quantized else "fp32")
 
 
 def _check_options(options: EngineOptions) -> None:

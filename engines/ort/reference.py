@@ -9,7 +9,8 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from qavp_export.engines import TOKEN_TYPES, EngineOptions
 from qavp_export.engines.ort.encoders import OrtEncoders
 from qavp_export.engines.ort.growing import GrowingDecoder, GrowingSession
-from qavp_export.engines.ort.session import cache_names, input_names, open_graph
+from qavp_export.engines.ort.session import input_names, open_graph
+from qavp_export.engines.sequences import cache_names
 from qavp_export.errors import InputError, UnavailableError
 from qavp_export.manifest import Manifest
 

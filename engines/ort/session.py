@@ -166,12 +166,6 @@ def input_names(manifest: Manifest, name: str) -> list[str]:
     return [] if component is None else [spec.name for spec in component.inputs]
 
 
-def cache_names(num_layers: int) -> tuple[list[str], list[str]]:
-    """Returns the inputs and outputs of a decoder that hold keys and values."""
-    kinds = [f"{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
-    return [f"past_key_values.{kind}" for kind in kinds], [f"present.{kind}" for kind in kinds]
-
-
 def value(array: FloatArray | IntArray, dtype: type[np.float32] | type[np.int64]) -> ort.OrtValue:
     """Returns an array as ONNX Runtime takes it, without a copy where type and layout fit."""
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, dtype=dtype))

@@ -23,7 +23,12 @@ from qavp_export.families import Plan
 from qavp_export.manifest import DecoderSpec
 from qavp_export.passes import FoldWeightTransposes
 from tests.engines.lowered import Array, open_canonical, open_lowered, write_canonical
+from tests.engines.prompts import Prompt
+from tests.engines.trt_decoder import TrtDecoder
 from tests.families.harness import ROUNDING
+
+# Of the largest logit.
+HALF = 1e-2
 
 
 class _Table:
@@ -37,41 +42,6 @@ class _Table:
     def embed_text(self, input_ids: Array) -> ort.OrtValue:
         self._kept.append(self._table[input_ids])
         return ort.OrtValue.ortvalue_from_numpy(self._kept[-1])
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A batch, padded on the left, and the answer that is given to it.
-
-    Attributes:
-        ids: `[B,S]`.
-        mask: `[B,S]`.
-        answer: `[B,steps]`.
-        types: 1 for vision tokens `[B,S]`; None: there are none.
-    """
-
-    ids: Array
-    mask: Array
-    answer: Array
-    types: Array | None = None
-
-    @classmethod
-    def random(cls, vocab: int, lengths: tuple[int, ...], steps: int, *, vision: slice | None = None) -> Prompt:
-        """Draws tokens; `vision`: which of them are vision tokens, by column."""
-        rng = np.random.default_rng(sum(lengths))
-        longest = max(lengths)
-        mask = np.stack([np.arange(longest) >= longest - length for length in lengths]).astype(np.int64)
-        types = None
-        if vision is not None:
-            types = np.zeros_like(mask)
-            types[:, vision] = mask[:, vision]
-        return cls(rng.integers(0, vocab, mask.shape), mask, rng.integers(0, vocab, (len(lengths), steps)), types)
-
-    @property
-    def positions(self) -> Array:
-        """Returns the position of each token `[B,S]`."""
-        found: Array = np.maximum(np.cumsum(self.mask, axis=1) - 1, 0)
-        return found
 
 
 @dataclass(frozen=True)
@@ -177,4 +147,23 @@ def check_lowered(model: ir.Model, plan: Plan, bundle: Path, *, one_graph: bool,
     decoders.check(decoders.cached(one_graph=False), prompt)
     if one_graph:
         decoders.check(decoders.cached(one_graph=True), prompt, capacity=50)
+    check_tensorrt(decoders, plan, prompt)
     return decoders
+
+
+def check_tensorrt(decoders: Decoders, plan: Plan, prompt: Prompt) -> None:
+    """Compares what TensorRT builds with the canonical graph, in float32 and in the 16-bit floats that it asks for."""
+    longest = prompt.ids.shape[1]
+    expected, expected_steps = decoders.canonical_answer(prompt)
+    real = prompt.mask == 1
+    for half, check in ((False, check_close), (True, check_half)):
+        trt = TrtDecoder.of(ir.load(decoders.bundle / "decoder" / "model.onnx"), plan, capacity=64, half=half)
+        logits = trt.prefill(decoders.table[prompt.ids], prompt, longest)
+        check(logits[real], expected[real])
+        for actual, wanted in zip(trt.answer(decoders.table, prompt.answer), expected_steps, strict=True):
+            check(actual, wanted)
+
+
+def check_half(actual: Array, expected: Array) -> None:
+    """Compares logits behind attention in 16-bit floats, whose last bit is 5e-4 of a value: 3e-3 was seen."""
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=HALF * np.abs(expected).max())

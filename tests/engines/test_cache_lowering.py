@@ -10,16 +10,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qavp_export.engines.ort import cached as cached_module
+from qavp_export.engines import sequences
+from qavp_export.engines.lowering.attention import find_attention
+from qavp_export.engines.lowering.masks import MaskKind, classify_masks
 from qavp_export.engines.ort.cached import CachedDecoder, CachedSession
 from qavp_export.engines.ort.growing import GrowingDecoder, GrowingSession
-from qavp_export.engines.ort.lowering.attention import find_attention
 from qavp_export.engines.ort.lowering.cache import lower_attention
 from qavp_export.engines.ort.lowering.capabilities import CPU
-from qavp_export.engines.ort.lowering.masks import MaskKind, classify_masks
 from qavp_export.errors import GraphError, InputError
-from tests.engines.cached_decoders import Decoders, Prompt, check_close
+from tests.engines.cached_decoders import Decoders, check_close
 from tests.engines.lowered import nodes_of, open_lowered
+from tests.engines.prompts import Prompt
 from tests.passes.decoders import hand_made, llama_decoder
 
 
@@ -38,7 +39,7 @@ def opened(request: pytest.FixtureRequest, decoders: Decoders) -> CachedDecoder:
 @pytest.fixture
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the cache grow in steps of 8 tokens."""
-    monkeypatch.setattr(cached_module, "_STEP", 8)
+    monkeypatch.setattr(sequences, "_STEP", 8)
 
 
 @pytest.mark.usefixtures("_small_steps")

@@ -11,7 +11,7 @@ import pytest
 
 from qavp_export import pipeline
 from qavp_export.engines import EngineOptions, load_engine
-from qavp_export.engines.ort import cuda, lowered
+from qavp_export.engines.ort import cached, cuda, lowered
 from qavp_export.engines.ort.plan import CUDA_FOLDER
 from qavp_export.engines.ort.session import CPU_PROVIDER, CUDA_PROVIDER
 from qavp_export.errors import UnavailableError
@@ -55,6 +55,28 @@ def test_a_provider_that_does_not_load_is_no_reason_to_run_on_the_cpu(
     monkeypatch.setattr(lowered.Graph, "providers", lambda _: [CPU_PROVIDER])
     with pytest.raises(UnavailableError, match="the CUDA provider does not load"):
         load_engine("ort-cuda", bundle, Manifest.read(bundle), OPTIONS)
+
+
+class _CopyingBinding:
+    """Copies inputs when they are bound, as a binding of a session on a GPU does; runs see the copies."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, np.ndarray] = {}
+
+    def bind_ortvalue_input(self, name: str, value: ort.OrtValue) -> None:
+        self.seen[name] = value.numpy().copy()
+
+
+def test_each_step_binds_what_has_changed() -> None:
+    binding = _CopyingBinding()
+    step = cached._Step.of(binding, 2, frozenset({"position_ids", "seqlens_k", "total_sequence_length"}), "cuda")
+    for length in (5, 6):
+        step.set(np.array([[length - 1], [length - 3]]), np.array([length - 1, length - 3]), length)
+        assert {name: array.tolist() for name, array in binding.seen.items()} == {
+            "position_ids": [[length - 1], [length - 3]],
+            "seqlens_k": [length - 1, length - 3],
+            "total_sequence_length": length,
+        }
 
 
 def test_its_graphs_compute_what_the_canonical_ones_do(bundle: Path) -> None:

@@ -228,7 +228,7 @@ def test_integers_and_products_equal_numpy(bundle_of: Callable[..., Path], capab
     shift = 128 if capabilities.activations == ir.DataType.UINT8 else 0
     weight_shift = 128 if capabilities.weights == ir.DataType.UINT8 else 0
     weights = _weights(bundle, lowered)
-    codes_of = {node.inputs[0].name: str(node.outputs[0].name) for node in _of(lowered, QUANTIZED) if node.inputs[0]}
+    codes_of = _codes_of(lowered)
     graph = lowered.model.graph
     scaled = {str(node.name): str(node.outputs[0].name) for node in graph if str(node.name).endswith("/per_token")}
     taps = (*map(str, codes_of), *codes_of.values(), *scaled.values())
@@ -254,6 +254,23 @@ def test_integers_and_products_equal_numpy(bundle_of: Callable[..., Path], capab
         )
         result = found[scaled[f"{node.name}/per_token"]]
         np.testing.assert_allclose(result, product, rtol=0, atol=ROUNDING * np.abs(product).max())
+
+
+def _codes_of(lowered: Lowered) -> dict[str | None, str]:
+    """Returns the codes of each value that is quantized, by name."""
+    codes = {node.inputs[0].name: str(node.outputs[0].name) for node in _of(lowered, QUANTIZED) if node.inputs[0]}
+    for node in _of(lowered, "Round"):  # CUDA's
+        x = _producer(_producer(node)).inputs[0]
+        (flat,) = node.outputs[0].consumers()
+        (cast,) = flat.outputs[0].consumers()
+        codes[None if x is None else x.name] = str(cast.outputs[0].name)
+    return codes
+
+
+def _producer(node: ir.Node) -> ir.Node:
+    made = node.inputs[0].producer() if node.inputs[0] is not None else None
+    assert made is not None
+    return made
 
 
 def _replaced(name: str | None, codes_of: Mapping[str | None, str]) -> str:

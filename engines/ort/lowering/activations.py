@@ -7,74 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from qavp_export.engines.lowering.activation import Activation
 from qavp_export.engines.ort.lowering.capabilities import Capabilities
-from qavp_export.passes import group_scale, two_level_scale
 from qavp_export.passes._builder import Dim, NodeBuilder
 
-_LARGEST_OF_4_BITS = 7.0
 _FLOAT, _UINT8, _INT8 = ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.INT8
-
-
-@dataclass(frozen=True)
-class Activation:
-    """How the canonical graph quantizes a linear layer's input.
-
-    Attributes:
-        x: The float value `[...,K]`.
-        group_size: Channels that share a scale.
-        largest_code: 7 for 4 bits, 127 for 8.
-        two_level: Whether the group scales are integer multiples of one step per token.
-    """
-
-    x: ir.Value
-    group_size: int
-    largest_code: float
-    two_level: bool
-
-    @property
-    def channels(self) -> int:
-        """Returns K."""
-        width = None if self.x.shape is None else self.x.shape[-1]
-        if not isinstance(width, int):
-            raise TypeError(f"{self.x.name} has no static width")
-        return width
-
-    @property
-    def name(self) -> str:
-        """Returns a name that no other quantization of the value has."""
-        levels = "two_level" if self.two_level else f"{self.largest_code:.0f}"
-        return f"{self.x.name}/{levels}_{self.group_size}"
-
-    @property
-    def bits(self) -> int:
-        """Returns how many bits the codes have."""
-        return 4 if self.largest_code == _LARGEST_OF_4_BITS else 8
-
-    @property
-    def groups(self) -> int:
-        """Returns K over the group size."""
-        return self.channels // self.group_size
-
-    @property
-    def per_token(self) -> bool:
-        """Whether all channels of a token share a scale."""
-        return self.group_size == self.channels
-
-
-def find_activation(value: ir.Value) -> Activation | None:
-    """Reads how a value was quantized: `DequantizeLinear(QuantizeLinear(x, s), s)`; None if it was not."""
-    dequantize = value.producer()
-    if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.inputs[0] is None:
-        return None
-    quantize = dequantize.inputs[0].producer()
-    if quantize is None or quantize.op_type != "QuantizeLinear" or quantize.inputs[1] is None:
-        return None
-    x, scale = quantize.inputs[0], quantize.inputs[1].producer()
-    if x is None or scale is None or scale.op_type not in (two_level_scale.OP_TYPE, group_scale.OP_TYPE):
-        return None
-    two_level = scale.op_type == two_level_scale.OP_TYPE
-    largest = _LARGEST_OF_4_BITS if two_level else scale.attributes["largest_code"].as_float()
-    return Activation(x, scale.attributes["group_size"].as_int(), largest, two_level)
 
 
 @dataclass(frozen=True)
@@ -184,14 +121,20 @@ def _unsigned_products(builder: NodeBuilder, activation: Activation, scales: _Sc
 
 
 def _signed_products(builder: NodeBuilder, activation: Activation, scales: _Scales) -> ir.Value:
-    """Adds standard operators only."""
-    x, shape = activation.x, tuple(activation.x.shape or ())
-    blocked = {"axis": -1, "block_size": activation.group_size}
-    attributes = {**blocked, "output_dtype": int(_INT8)}
-    codes = builder.op("codes", "QuantizeLinear", [x, scales.blocked], _INT8, shape, attributes)
-    if scales.multipliers is None:
-        return codes
-    products = builder.op("products", "DequantizeLinear", [codes, scales.multipliers], _FLOAT, shape, blocked)
+    """Adds plain arithmetic: the CUDA provider's QuantizeLinear knows no blocks."""
+    leading, groups, group_size = _leading(activation), activation.groups, activation.group_size
+    shape, grid = tuple(activation.x.shape or ()), (*leading, activation.groups, activation.group_size)
+    split = builder.ints("grid", [*_copied(leading), groups, group_size])
+    column = builder.ints("column", [*_copied(leading), groups, 1])
+    by_group = builder.op("Reshape", "Reshape", [activation.x, split], _FLOAT, grid)
+    scale = builder.op("Reshape_1", "Reshape", [scales.blocked, column], _FLOAT, (*grid[:-1], 1))
+    # The scale is the largest magnitude over the largest code: nothing is beyond the codes' range.
+    codes = builder.op("codes", "Round", [builder.op("Div", "Div", [by_group, scale], _FLOAT, grid)], _FLOAT, grid)
+    if scales.multipliers is not None:
+        factors = builder.op("Reshape_2", "Reshape", [scales.multipliers, column], _FLOAT, (*grid[:-1], 1))
+        codes = builder.op("Mul", "Mul", [codes, factors], _FLOAT, grid)
+    flat = builder.ints("flat", [*_copied(leading), activation.channels])
+    products = builder.op("products", "Reshape", [codes, flat], _FLOAT, shape)
     return builder.op("Cast", "Cast", [products], _INT8, shape, {"to": int(_INT8)})
 
 

@@ -9,10 +9,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from qavp_export.engines.ort.lowering.attention import AttentionSite, CachedTensor, static_size
+from qavp_export.engines.lowering.attention import AttentionSite, CachedTensor, static_size
+from qavp_export.engines.lowering.masks import MaskKind
+from qavp_export.engines.lowering.values import replace_value
 from qavp_export.engines.ort.lowering.capabilities import Capabilities
-from qavp_export.engines.ort.lowering.linear import replace_value
-from qavp_export.engines.ort.lowering.masks import MaskKind
 from qavp_export.errors import GraphError
 from qavp_export.passes._builder import Dim, NodeBuilder
 from qavp_export.passes._linear import input_of
@@ -67,7 +67,7 @@ def lower_attention(
     for site in sites:
         kind = kinds[str(site.mask.name)]
         for tensor in (site.keys, site.values):
-            tensor.past.dtype = capabilities.cache
+            tensor.past.type = ir.TensorType(capabilities.cache)
             tensor.past.shape = ir.Shape([_BATCH, site.heads[1], _CAPACITY, site.head_size])
         if phase == "decode" and site.heads[0] > site.heads[1] and capabilities.cache == _FLOAT:
             writer.write_out(site, kind)

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from qavp_export.engines.ort.lowering.attention import AttentionSite, find_attention
+from qavp_export.engines.lowering.attention import AttentionSite, find_attention
+from qavp_export.engines.lowering.linear import quantized_linears
+from qavp_export.engines.lowering.masks import MaskKind, classify_masks
+from qavp_export.engines.lowering.split import HIDDEN, gather_rows, remove_unused, split_head
 from qavp_export.engines.ort.lowering.cache import Phase, lower_attention
 from qavp_export.engines.ort.lowering.capabilities import Capabilities
 from qavp_export.engines.ort.lowering.half import widen_halves
-from qavp_export.engines.ort.lowering.linear import Products, lower_linears, quantized_linears
-from qavp_export.engines.ort.lowering.masks import MaskKind, classify_masks
-from qavp_export.engines.ort.lowering.split import gather_rows, remove_unused, split_head
+from qavp_export.engines.ort.lowering.linear import Products, lower_linears
 from qavp_export.engines.ort.lowering.weights import Lowered, WeightPlans
 from qavp_export.errors import GraphError
 
@@ -57,7 +58,8 @@ class DecoderLowering:
         if self.refused is None:
             sites: list[AttentionSite] = find_attention(model.graph)
             if phase != "decode":
-                gather_rows(model.graph, sites[-1])
+                hidden = next(value for value in model.graph.outputs if value.name == HIDDEN)
+                gather_rows(model.graph, sites[-1], hidden)
             lower_attention(model.graph, sites, self._kinds, phase, capabilities)
         precision = lower_linears(model.graph, products, capabilities, plans)
         return _finished(model, plans, precision)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qavp_export.engines.ort.lowering.linear import replace_value
+from qavp_export.engines.lowering.values import replace_value
 from qavp_export.engines.ort.lowering.weights import WeightPlans
 from qavp_export.errors import GraphError
 

@@ -8,12 +8,15 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from qavp_export.engines.ort.lowering.activations import Activation, ActivationQuantizers
-from qavp_export.engines.ort.lowering.attention import static_size
+from qavp_export.engines.lowering.activation import Activation
+from qavp_export.engines.lowering.attention import static_size
+from qavp_export.engines.lowering.split import remove_unused
+from qavp_export.engines.lowering.values import replace_value
+from qavp_export.engines.ort.lowering.activations import ActivationQuantizers
 from qavp_export.engines.ort.lowering.capabilities import Capabilities
 from qavp_export.engines.ort.lowering.half import HALF, widen_halves
-from qavp_export.engines.ort.lowering.linear import replace_by_product, replace_value
-from qavp_export.engines.ort.lowering.split import remove_unused
+from qavp_export.engines.ort.lowering.linear import replace_by_product
+from qavp_export.engines.ort.lowering.selection import lower_selection
 from qavp_export.engines.ort.lowering.weights import Lowered, WeightPlans
 from qavp_export.passes._linear import input_of, name_of
 
@@ -34,6 +37,7 @@ def lower_vision(model: ir.Model, vision: VisionPrecision, capabilities: Capabil
        has no static width, stays float; so do the patch embedding (a Conv), attention, and all that scores tokens.
     2. Attention of heads that are views of one value reads that value, without transposing it.
     3. Weights that are stored in 16 bits are widened when the engine loads instead of in the graph.
+    4. Diverse tokens are chosen by products of 8-bit integers on the CPU; see `lower_selection`.
 
     Args:
         model: The vision encoder of a bundle; it is not changed.
@@ -47,6 +51,8 @@ def lower_vision(model: ir.Model, vision: VisionPrecision, capabilities: Capabil
     plans = WeightPlans("vision_encoder")
     precision = _round_linears(model.graph, capabilities, plans) if vision == "w8a8" else {}
     _join_heads(model.graph)
+    if capabilities.activations == ir.DataType.UINT8:
+        lower_selection(model)
     remove_unused(model)
     widen_halves(model.graph, plans)
     remove_unused(model)

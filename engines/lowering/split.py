@@ -5,9 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass, RemoveUnusedNodesPass
 
-from qavp_export.engines.ort.lowering.activations import find_activation
-from qavp_export.engines.ort.lowering.attention import AttentionSite
-from qavp_export.engines.ort.lowering.linear import replace_value
+from qavp_export.engines.lowering.activation import find_activation
+from qavp_export.engines.lowering.attention import AttentionSite
+from qavp_export.engines.lowering.values import replace_value
 from qavp_export.errors import GraphError
 from qavp_export.passes._builder import NodeBuilder
 from qavp_export.passes._linear import input_of
@@ -34,10 +34,10 @@ def split_head(model: ir.Model) -> tuple[ir.Model, ir.Model]:
         GraphError: No linear layer makes the logits.
     """
     body, head = model.clone(), model.clone()
-    hidden = _head_input(body.graph)
+    hidden = head_input(body.graph)
     outputs = body.graph.outputs
     outputs[next(i for i, value in enumerate(outputs) if value.name == "logits")] = hidden
-    of_head = _head_input(head.graph)
+    of_head = head_input(head.graph)
     entry = ir.Value(name=HIDDEN, shape=of_head.shape, type=of_head.type)
     ir.convenience.replace_all_uses_with(of_head, entry)
     head.graph.outputs[:] = [value for value in head.graph.outputs if value.name == "logits"]
@@ -48,17 +48,17 @@ def split_head(model: ir.Model) -> tuple[ir.Model, ir.Model]:
     return body, head
 
 
-def gather_rows(graph: ir.Graph, last: AttentionSite) -> None:
+def gather_rows(graph: ir.Graph, last: AttentionSite, hidden: ir.Value) -> None:
     """Lets a decoder go on behind its last attention with the positions only that a new input names.
 
-    The input is `logit_positions [B,R]` INT64, and `hidden_states` become `[B,R,D]`. Where values of another form enter
-    behind the last attention, the hidden states themselves are gathered.
+    The input is `logit_positions [B,R]` INT64, and the hidden states become `[B,R,D]`. Where values of another form
+    enter behind the last attention, the hidden states themselves are gathered.
 
     Args:
-        graph: The decoder without its head.
+        graph: The decoder, with or without its head.
         last: The attention of its last layer.
+        hidden: What the head reads `[B,S,D]`.
     """
-    hidden = next(value for value in graph.outputs if value.name == HIDDEN)
     positions = ir.Value(name=POSITIONS, shape=ir.Shape([ir.SymbolicDim("batch"), _ROWS]), type=ir.TensorType(_INT64))
     graph.inputs.append(positions)
     first = _joined(last)
@@ -126,8 +126,12 @@ def _gather(
                 node.replace_input_with(position, rows)
 
 
-def _head_input(graph: ir.Graph) -> ir.Value:
-    """Returns what the last linear layer reads, before it is quantized."""
+def head_input(graph: ir.Graph) -> ir.Value:
+    """Returns what the last linear layer of a decoder reads, before it is quantized.
+
+    Raises:
+        GraphError: No linear layer makes the logits.
+    """
     value = next(value for value in graph.outputs if value.name == "logits")
     while (node := value.producer()) is not None:
         if node.op_type == "MatMul" and _is_weight(input_of(node, 1)):
