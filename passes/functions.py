@@ -111,7 +111,7 @@ def hybrid_token_score(width: int, opset: int, score_input: str) -> ir.Function:
         minmax="".join(_MINMAX.format(x=x) for x in ("error", "outlier", "semantic")),
     )
     signature = f"{HYBRID_TOKEN_SCORE} <group_size, alpha> (image_features, semantic) => (score)"
-    return _function(signature, body, opset, f"score_input={score_input}, {width} channels")
+    return parse_function(signature, body, opset, f"score_input={score_input}, {width} channels")
 
 
 def token_norm(width: int, opset: int) -> ir.Function:
@@ -125,7 +125,7 @@ def token_norm(width: int, opset: int) -> ir.Function:
         The function.
     """
     body = _NORM.format(sum_features=_pairwise_sum("features", width))
-    return _function(f"{TOKEN_NORM} (image_features) => (norm)", body, opset, f"{width} channels")
+    return parse_function(f"{TOKEN_NORM} (image_features) => (norm)", body, opset, f"{width} channels")
 
 
 def add_function(model: ir.Model, function: ir.Function) -> None:
@@ -165,7 +165,18 @@ def _pairwise_sum(name: str, width: int) -> str:
     return "\n".join([*lines, f"  {name}_sum = Identity ({source})"])
 
 
-def _function(signature: str, body: str, opset: int, doc_string: str) -> ir.Function:
+def parse_function(signature: str, body: str, opset: int, doc_string: str) -> ir.Function:
+    """A function of domain `qavp` from ONNX's text form.
+
+    Args:
+        signature: Its name, attributes, inputs and outputs.
+        body: Its nodes.
+        opset: The version of the standard operators.
+        doc_string: What tells it from others of its name.
+
+    Returns:
+        The function.
+    """
     text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{signature}\n{{\n{body}\n}}'
     function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
     function.doc_string = doc_string

@@ -13,7 +13,7 @@ from qavp_export.passes.select_gather import SelectGather
 
 
 class PruneVisionTokens(RewritePass):
-    """Keeps the best k tokens of image features `[B,N,D]`: `InsertHybridScore`, then `SelectGather`.
+    """Keeps k tokens of image features `[B,N,D]`: `InsertHybridScore`, then `SelectGather`.
 
     Works on any ONNX vision graph, opset 18 or newer, with a static grid or, with `tokens` or `keep_input`, one of
     named axes::
@@ -38,7 +38,7 @@ class PruneVisionTokens(RewritePass):
         group_size: Channels per simulated INT4 group; None for the largest of 128, 64, 32, 16 that fits D.
         score_input: `raw` or `rms`.
         seed: Seed of the scorer `random`.
-        select: `topk`.
+        select: `topk`, `dpp` or `maxmin`.
         keep_input: Take k from the graph input `keep_tokens`.
 
     Raises:

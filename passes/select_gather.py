@@ -1,8 +1,8 @@
-"""Keeps the k best-scored of N image tokens."""
+"""Keeps k of N image tokens: the best-scored, or good and diverse ones."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qavp_export.errors import GraphError, InputError
 from qavp_export.numerics.select import Select, tokens_to_keep
-from qavp_export.passes._builder import Dim, NodeBuilder
+from qavp_export.passes._builder import Attribute, Dim, NodeBuilder
 from qavp_export.passes._infra import (
     Refusal,
     RewritePass,
@@ -25,7 +25,9 @@ from qavp_export.passes._infra import (
     upstream,
     with_shapes,
 )
-from qavp_export.passes.hybrid_score import MINIMUM_OPSET, SCORE
+from qavp_export.passes.functions import DOMAIN, add_function
+from qavp_export.passes.hybrid_score import MINIMUM_OPSET, PLUGIN_NAMESPACE, PLUGIN_VERSION, SCORE
+from qavp_export.passes.select_diverse import SELECT_DIVERSE, select_diverse
 
 KEPT_INDICES = "kept_indices"
 KEEP_TOKENS = "keep_tokens"
@@ -49,10 +51,12 @@ class SelectPlan:
 
 
 class SelectGather(RewritePass):
-    """Replaces image features `[B,N,D]` by the k highest-scored tokens `[B,k,D]`, in raster order.
+    """Replaces image features `[B,N,D]` by k of the tokens, `[B,k,D]`, in raster order.
 
-    1. `TopK` over the score, ties to the lower index, then `TopK` over the indices sorts them: the new graph
-       output `kept_indices [B,k]`, INT64.
+    1. `topk`: `TopK` over the score, ties to the lower index, then `TopK` over the indices sorts them. `dpp` and
+       `maxmin`: one node `/prune/select/SelectDiverse` of domain `qavp` chooses and sorts, a model-local function of
+       standard operators; its attributes `plugin_namespace`, `plugin_version` and `aot` let TensorRT run a plugin in
+       its place. Either way, this is the new graph output `kept_indices [B,k]`, INT64.
     2. `GatherND` with one batch axis copies the k rows.
     3. All that read the features read the kept ones instead, but for what the score depends on. The kept
        features take over the features' name, the full ones are renamed `<name>_unpruned` (a graph input keeps
@@ -68,7 +72,7 @@ class SelectGather(RewritePass):
         score: Name of the score, `[B,N]` FLOAT.
         keep: The fraction kept, in (0, 1]; give this, `tokens` or `keep_input`.
         tokens: The number kept, k.
-        select: `topk`.
+        select: `topk`, `dpp` or `maxmin`.
         keep_input: Take k from the graph input `keep_tokens`.
 
     Raises:
@@ -127,9 +131,14 @@ class SelectGather(RewritePass):
         features, score = find_value(model, self.at), find_value(model, self.score)
         plan = self.plan(model, upstream(score))
         refused = _unpruned_outputs(model, features, plan)
+        if self.select != "topk":
+            add_function(model, select_diverse(self.select, plan.width, model.graph.opset_imports[""]))
         builder = NodeBuilder("/prune/select")
         count = self._count_value(model, builder, plan.kept)
-        indices, gathered = _build(builder, features, score, count, plan)
+        choose = _best if self.select == "topk" else self._diverse
+        indices = choose(builder, (features, score, count), [_batch(features), plan.kept])
+        indices.name = KEPT_INDICES
+        gathered = _gather(builder, features, indices, plan)
         insert_behind(model.graph, score, builder.nodes)
         for node, index in plan.uses:
             node.replace_input_with(index, gathered)
@@ -191,6 +200,20 @@ class SelectGather(RewritePass):
         model.graph.inputs.append(given)
         return given
 
+    def _diverse(self, builder: NodeBuilder, inputs: Sequence[ir.Value], shape: Sequence[Dim]) -> ir.Value:
+        """The indices `[B,k]` that the rule chooses, ascending; inputs are features, score and k."""
+        attributes: dict[str, Attribute] = {
+            "select": self.select,
+            "plugin_namespace": PLUGIN_NAMESPACE,
+            "plugin_version": PLUGIN_VERSION,
+            "aot": 1,
+        }
+        name, int64 = SELECT_DIVERSE, ir.DataType.INT64
+        indices = builder.op(name, name, inputs, int64, shape, attributes, domain=DOMAIN, outputs=2)
+        order = builder.nodes[-1].outputs[1]
+        order.dtype, order.shape = int64, ir.Shape(shape)
+        return indices
+
     def _rename(self, features: ir.Value, gathered: ir.Value) -> None:
         if features.producer() is None:
             gathered.name = f"{self.at}_pruned"
@@ -199,31 +222,25 @@ class SelectGather(RewritePass):
             gathered.name = self.at
 
 
-def _build(
-    builder: NodeBuilder, features: ir.Value, score: ir.Value, count: ir.Value, plan: SelectPlan
-) -> tuple[ir.Value, ir.Value]:
+def _batch(features: ir.Value) -> Dim:
     if features.shape is None:
         raise GraphError(f"{features.name!r} has no known shape")
-    batch, dtype = features.shape[0], features.dtype or ir.DataType.FLOAT
-    int64 = ir.DataType.INT64
-    shape = [batch, plan.kept]
-    best = builder.op(
-        "TopK",
-        "TopK",
-        [score, count],
-        int64,
-        shape,
-        {"axis": -1, "largest": 1, "sorted": 1},
-        outputs=2,
-        used=1,
-    )
-    ascending = {"axis": -1, "largest": 0, "sorted": 1}
-    indices = builder.op("Sort", "TopK", [best, count], int64, shape, ascending, outputs=2)
-    indices.name = KEPT_INDICES
+    return features.shape[0]
+
+
+def _best(builder: NodeBuilder, inputs: Sequence[ir.Value], shape: Sequence[Dim]) -> ir.Value:
+    """The indices `[B,k]` of the highest scores, ascending; inputs are features, score and k."""
+    _, score, count = inputs
+    int64, best_first, ascending = ir.DataType.INT64, {"axis": -1, "largest": 1}, {"axis": -1, "largest": 0}
+    best = builder.op("TopK", "TopK", [score, count], int64, shape, best_first | {"sorted": 1}, outputs=2, used=1)
+    return builder.op("Sort", "TopK", [best, count], int64, shape, ascending | {"sorted": 1}, outputs=2)
+
+
+def _gather(builder: NodeBuilder, features: ir.Value, indices: ir.Value, plan: SelectPlan) -> ir.Value:
+    int64, shape, dtype = ir.DataType.INT64, [_batch(features), plan.kept], features.dtype or ir.DataType.FLOAT
     last = builder.ints("Unsqueeze/axes", [-1])
     rows = builder.op("Unsqueeze", "Unsqueeze", [indices, last], int64, [*shape, 1])
-    gathered = builder.op("GatherND", "GatherND", [features, rows], dtype, [*shape, plan.width], {"batch_dims": 1})
-    return indices, gathered
+    return builder.op("GatherND", "GatherND", [features, rows], dtype, [*shape, plan.width], {"batch_dims": 1})
 
 
 def _unpruned_outputs(model: ir.Model, features: ir.Value, plan: SelectPlan) -> list[Refusal]:

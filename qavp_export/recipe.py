@@ -59,7 +59,11 @@ class Recipe(BaseModel):
         description="raw scores the projected tokens as they are (the paper); rms divides each by its root mean "
         "square, which is what the decoder's quantizers see.",
     )
-    select: Select = Field(default="topk", description="Selection rule: topk takes the k highest scores.")
+    select: Select = Field(
+        default="topk",
+        description="Selection rule: topk takes the k highest scores; dpp tokens of high score that differ, by a "
+        "determinantal point process; maxmin tokens that differ most, whatever their scores.",
+    )
     positions: Literal["contiguous", "original"] = Field(
         default="contiguous",
         description="contiguous numbers the shortened prompt 0, 1, 2, ... (the paper); original keeps each token's "

@@ -14,9 +14,9 @@ import onnxruntime as ort
 Array = npt.NDArray[np.generic]
 
 
-def graph(signature: str, body: str, *, opset: int = 23) -> ir.Model:
+def graph(signature: str, body: str, *, opset: int = 23, domains: str = '"com.microsoft": 1') -> ir.Model:
     """A model in ONNX's text form, with the shapes that ONNX can infer."""
-    text = f'<ir_version: 11, opset_import: ["": {opset}, "com.microsoft": 1]> hand_made {signature} {{{body}}}'
+    text = f'<ir_version: 11, opset_import: ["": {opset}, {domains}]> hand_made {signature} {{{body}}}'
     return ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text)))
 
 
