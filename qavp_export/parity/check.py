@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qavp_export.engines import FloatArray, IntArray
+from qavp_export.engines import FloatArray
 from qavp_export.engines.ort.encoders import OrtEncoders
 from qavp_export.memory import release_memory
 from qavp_export.parity.decoders import PLAIN, Comparison, Exported, compare_complete, compare_layers
@@ -45,8 +45,6 @@ LOGITS_TOLERANCE = 1e-3
 DIFFERING_CODES_TOLERANCE = 1e-3
 # A group's multiplier may move too, from 1 to 2 at most doubling its step: half of the old plus half of the new.
 STEPS_TOLERANCE = 1.6
-# Two scores closer than this are a tie as far as float32 sums can tell.
-SCORE_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -124,14 +122,16 @@ def check_parity(
 
 def _compare_first_layers(exported: Exported) -> tuple[_Vision, Comparison]:
     """Compares the vision encoder, and a copy of the decoder that has only its first layers."""
-    model = load_reference(exported.checkpoint.folder, exported.modules, FIRST_LAYERS)
+    # One that has no second layer would get a random one.
+    count = min(FIRST_LAYERS, exported.plan.num_layers)
+    model = load_reference(exported.checkpoint.folder, exported.modules, count)
     vision = _compare_vision(exported, model)
     first = dataclasses.replace(
         exported,
-        plan=dataclasses.replace(exported.plan, num_layers=min(FIRST_LAYERS, exported.plan.num_layers)),
+        plan=dataclasses.replace(exported.plan, num_layers=count),
         layers=[layer for layer in exported.layers if has_module(model, layer.module)],
     )
-    with truncated_decoder(exported.decoder, FIRST_LAYERS) as graph:
+    with truncated_decoder(exported.decoder, count) as graph:
         return vision, compare_complete(first, graph, model, vision.features, vision.expected)
 
 
@@ -167,18 +167,8 @@ def _compare_vision(exported: Exported, model: Any) -> _Vision:
         kept_features, kept = encoders.encode_images(reference.feeds(arguments, selection))
         features.append(kept_features)
         expected.append(np.take_along_axis(selection.features, kept[..., np.newaxis], axis=1))
-        same_tokens.append(_selection_agreement(kept, selection.kept, selection.scores))
+        same_tokens.append(reference.agreement(selection, kept))
     return _Vision(np.concatenate(features), np.concatenate(expected), float(np.mean(same_tokens)))
-
-
-def _selection_agreement(actual: IntArray, expected: IntArray, scores: FloatArray) -> float:
-    """Returns the fraction of equal kept indices; a swap of two tied tokens counts as equal."""
-    equal = 0
-    for ours, theirs, row in zip(actual, expected, scores, strict=True):
-        threshold = row[theirs].min()
-        tied = {int(token) for token in ours if abs(row[token] - threshold) <= SCORE_TOLERANCE}
-        equal += len({int(token) for token in ours} & ({int(token) for token in theirs} | tied))
-    return equal / actual.size
 
 
 def _judge(vision: _Vision, decoders: list[Comparison], compared: str) -> Parity:

@@ -16,7 +16,7 @@ from qavp_export.engines import FloatArray, IntArray
 from qavp_export.errors import ParityError
 from qavp_export.families import Family, Plan
 from qavp_export.numerics.score import hybrid_token_score
-from qavp_export.numerics.select import select_topk, tokens_to_keep
+from qavp_export.numerics.select import select_tokens, tokens_to_keep
 from qavp_export.numerics.semantic import norm_relevance, random_relevance
 from qavp_export.passes.relevance import PATCH_RELEVANCE
 from qavp_export.passes.select_gather import KEEP_TOKENS
@@ -24,6 +24,9 @@ from qavp_export.passes.semantic import ATTENTION_SCORERS
 from qavp_export.settings import Settings
 
 Arguments = Mapping[str, npt.NDArray[Any]]
+
+# Two scores closer than this are a tie as far as float32 sums can tell.
+SCORE_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,24 @@ class VisionReference:
             score_input=recipe.score_input,
         )
         kept = tokens_to_keep(count, recipe.keep) if settings.tokens_kept is None else settings.tokens_kept
-        return Selection(select_topk(scores, kept), scores, features)
+        return Selection(select_tokens(recipe.select, features, scores, kept), scores, features)
+
+    def agreement(self, selection: Selection, kept: IntArray) -> float:
+        """Returns the fraction of a graph's kept indices `[B,k]` that are the reference's, ties aside.
+
+        Of two scores that are tied, either token may be kept; a diverse choice may go on from either of two tokens that
+        are tied.
+        """
+        select, expected, tied = self._settings.recipe.select, selection.kept, np.zeros(kept.shape, np.bool_)
+        if self._settings.pruned and select == "topk":
+            threshold = np.take_along_axis(selection.scores, expected, axis=1).min(axis=1, keepdims=True)
+            ours = np.take_along_axis(selection.scores, kept, axis=1)
+            tied = np.abs(ours - threshold) <= SCORE_TOLERANCE
+        elif self._settings.pruned:
+            features, scores = selection.features, selection.scores
+            expected = select_tokens(select, features, scores, kept.shape[1], towards=kept)
+        same = [np.isin(ours, theirs) for ours, theirs in zip(kept, expected, strict=True)]
+        return float(np.mean(np.stack(same) | tied))
 
     def _run(self, tensors: Mapping[str, Tensor]) -> Any:
         with torch.no_grad():

@@ -62,6 +62,12 @@ def test_every_layer_is_compared_without_loading_the_model(
     ]
 
 
+def test_a_model_of_one_layer_is_compared_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "WHOLE_BYTES", 0)
+    model = make_llava(tmp_path / "model", TinySpec(layers=1))
+    assert _export(model, tmp_path / "bundle", "none").parity["verdict"] == "PASS"
+
+
 # The first in a layer that the copy holds, the other in one that it does not.
 @pytest.mark.parametrize("layer", [1, 3])
 @pytest.mark.parametrize("recipe", ["rotate", "w8a8"])

@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText
 from qavp_export.errors import ParityError
 from qavp_export.families import family_for
 from qavp_export.numerics.score import hybrid_token_score
-from qavp_export.numerics.select import select_topk
-from qavp_export.parity.vision import VisionReference
+from qavp_export.numerics.select import select_tokens, select_topk
+from qavp_export.parity.vision import Selection, VisionReference
 from qavp_export.recipe import make_recipe
 from qavp_export.settings import settle
 from tests.models.llava_next import make_llava_next, make_llava_onevision
@@ -91,6 +91,29 @@ def test_budgets_of_tiles(overrides: dict[str, Any], kept: int, asked: bool, tmp
     assert list(feeds) == ["pixel_values", "token_indices"] + ["keep_tokens"] * asked
     if asked:
         np.testing.assert_array_equal(feeds["keep_tokens"], [kept])
+
+
+@pytest.mark.parametrize("select", ["topk", "dpp", "maxmin"])
+def test_other_tokens_than_the_rule_keeps_are_seen_and_ties_are_none(select: str, tmp_path: Path) -> None:
+    reference = _reference(_load(make_llava(tmp_path / "model")), keep=0.3, select=select)
+    selection = reference.select(reference.draw(seed=0)[0])
+    assert selection.kept.shape[1] == 8
+    assert reference.agreement(selection, selection.kept) == 1.0
+    worst = np.argsort(selection.scores, axis=1)
+    left_out = [[token for token in row if token not in kept] for row, kept in zip(worst, selection.kept, strict=True)]
+    wrong = selection.kept.copy()
+    wrong[0, 3] = left_out[0][0]
+    # One of eight, or more: what follows a choice depends on it.
+    assert reference.agreement(selection, np.sort(wrong, axis=1)) <= 1 - 1 / wrong.size
+    # A token that is left out becomes the same as the kept one of the lowest score, up to rounding.
+    twin, token = left_out[0][-1], selection.kept[0, selection.scores[0, selection.kept[0]].argmin()]
+    features, scores = selection.features.copy(), selection.scores.copy()
+    features[0, twin], scores[0, twin] = features[0, token] * (1 + 1e-6), scores[0, token] - 1e-6
+    twins = Selection(select_tokens(select, features, scores, 8), scores, features)  # type: ignore[arg-type]
+    (kept,) = {token, twin} & set(twins.kept[0])
+    swapped = np.where(twins.kept == kept, token + twin - kept, twins.kept)
+    swapped[1] = twins.kept[1]
+    assert reference.agreement(twins, np.sort(swapped, axis=1)) == 1.0
 
 
 def test_attention_that_is_not_returned_is_an_error(tmp_path: Path) -> None:
