@@ -9,8 +9,12 @@ demo: .venv/installed
 	$(BIN)/qavp-run demo_bundle --image examples/shapes_vqa/samples/00.png --prompt "What color is the cross?"
 
 # Files whole, because their tests share exports.
-test: lint
+test: lint build/tensorrt-10
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# The Python bindings of an older TensorRT, and a NumPy that its plugins work with: tests import them from here.
+build/tensorrt-10: .venv/installed
+	$(BIN)/pip install --quiet --no-deps --target $@ 'tensorrt-cu13-bindings==10.13.3.9.post1' 'numpy<2.4'
 
 lint: .venv/installed
 	$(BIN)/ruff check .

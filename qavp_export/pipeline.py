@@ -17,10 +17,13 @@ from qavp_export.calibration.prompts import embed_prompts, embed_text
 from qavp_export.description import describe, versions
 from qavp_export.engines import TOKEN_TYPES
 from qavp_export.engines.ort.lowering.build import build_engines
+from qavp_export.engines.tensorrt.build import build_tensorrt_engines, check_targets
+from qavp_export.engines.tensorrt.targets import EngineTargets
 from qavp_export.errors import ParityError, RecipeError
 from qavp_export.manifest import Manifest
 from qavp_export.parity import Exported, Parity, check_parity
 from qavp_export.passes import (
+    NVFP4,
     FoldWeightTransposes,
     KeepAllTokens,
     PruneVisionTokens,
@@ -50,6 +53,7 @@ def export(
     force: bool,
     progress: Progress,
     calibration_data: Path | None = None,
+    targets: EngineTargets | None = None,
     resume: bool = False,
 ) -> Manifest:
     """Exports a checkpoint folder as a bundle.
@@ -62,6 +66,7 @@ def export(
         force: Replace an existing bundle.
         progress: Called as the work goes on.
         calibration_data: Image prompts for recipes that need them, see `read_calibration`; None takes the demo's.
+        targets: What is built beside the engines of ONNX Runtime; None: nothing.
         resume: Go on where an interrupted export of the same kind has stopped, and leave what is finished for the next
             one if this is interrupted. The bundle is the same, byte by byte, as that of an uninterrupted export.
 
@@ -73,6 +78,8 @@ def export(
     """
     source = open_source(folder, name)
     settings = settle(recipe, source.family, source.plan)
+    targets = targets or EngineTargets()
+    check_targets(targets, asked_precisions(recipe), source.plan.context_length, settings.tokens_kept)
     drawn = draw_prompts(recipe, calibration_data)
     identity = identify(source, settings, drawn)
     with BundleWriter(target, force=force, resume=resume, identity=identity) as writer:
@@ -95,8 +102,16 @@ def export(
         progress("lower", 0, 1)
         manifest = dataclasses.replace(manifest, engines=build_engines(writer.folder, manifest))
         parity = compare(source, settings, writer, manifest, quantized, progress)
+        engines = build_tensorrt_engines(writer.folder, manifest, targets, writer.work, progress)
+        manifest = dataclasses.replace(manifest, engines=manifest.engines | engines)
         progress("finish", 0, 1)
         return writer.commit(dataclasses.replace(manifest, parity=parity.to_dict()))
+
+
+def asked_precisions(recipe: Recipe) -> set[str]:
+    """Returns what a recipe lets the decoder's layers run in."""
+    decoder = NVFP4 if recipe.format == NVFP4 else recipe.decoder
+    return {decoder, recipe.lm_head, *recipe.keep_precision.values()}
 
 
 def compare(

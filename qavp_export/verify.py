@@ -10,6 +10,8 @@ from qavp_export.bundle import verify_files
 from qavp_export.engines import EngineOptions, load_engine
 from qavp_export.engines.ort.encoders import OrtEncoders
 from qavp_export.engines.ort.plan import EnginePlan
+from qavp_export.engines.tensorrt.keys import EngineKeys, check_files
+from qavp_export.engines.tensorrt.targets import FLAVOURS
 from qavp_export.errors import BundleError, UnavailableError
 from qavp_export.manifest import Manifest
 
@@ -31,7 +33,10 @@ def verify(bundle: Path) -> Manifest:
             onnx.checker.check_model(path)
         except (onnx.checker.ValidationError, OSError, ValueError) as error:
             raise BundleError(f"{path} is not a valid graph ({error}); export the bundle again") from error
-    for engine in manifest.engines.values():
+    for name, engine in manifest.engines.items():
+        if name in FLAVOURS:
+            check_files(EngineKeys.read(bundle, name), bundle)
+            continue
         folder = bundle / engine["folder"]
         EnginePlan.read(folder).check(bundle, folder)
     try:

@@ -20,8 +20,10 @@ from qavp_export.cli.options import (
     AsJsonOption,
     CalibrationOption,
     CalibrationSamplesOption,
+    CapabilityReportOption,
     DebugOption,
     DryRunOption,
+    EngineOption,
     ForceOption,
     FormatOption,
     GroupSizeOption,
@@ -29,20 +31,27 @@ from qavp_export.cli.options import (
     KeepPrecisionOption,
     ListModelsOption,
     ListRecipesOption,
+    MaxBatchOption,
+    MaxTokensOption,
     ModelOption,
     OfflineOption,
     OutputOption,
     PositionsOption,
+    PrecisionFallbackOption,
     RecipeOption,
     ResumeOption,
     RevisionOption,
     ScoreInputOption,
     SeedOption,
+    SelectOption,
     SemanticOption,
     SizeBudgetOption,
+    SmOption,
     VerifyOption,
     VersionOption,
 )
+from qavp_export.engines import ENGINES
+from qavp_export.engines.tensorrt.targets import FLAVOURS, EngineTargets
 from qavp_export.errors import InputError
 from qavp_export.recipe import DEFAULT_PRESET
 
@@ -78,9 +87,16 @@ def export_command(
     semantic: SemanticOption = None,
     alpha: AlphaOption = None,
     score_input: ScoreInputOption = None,
+    select: SelectOption = None,
     positions: PositionsOption = None,
     seed: SeedOption = None,
     group_size: GroupSizeOption = None,
+    engine: EngineOption = None,
+    sm: SmOption = None,
+    max_tokens: MaxTokensOption = None,
+    max_batch: MaxBatchOption = None,
+    allow_precision_fallback: PrecisionFallbackOption = False,
+    capability_report: CapabilityReportOption = False,
     force: ForceOption = False,
     resume: ResumeOption = False,
     revision: RevisionOption = None,
@@ -111,6 +127,7 @@ def export_command(
             "semantic": semantic,
             "alpha": alpha,
             "score_input": score_input,
+            "select": select,
             "positions": positions,
             "seed": seed,
             "group_size": group_size,
@@ -121,10 +138,20 @@ def export_command(
         }
         recipe = recipe or _preset_for(format_)
         origin = _Origin(model, revision, offline)
+        targets = _parse_targets(
+            engine,
+            sm,
+            max_tokens,
+            max_batch,
+            allow_precision_fallback=allow_precision_fallback,
+            capability_report=capability_report,
+        )
         if dry_run:
             _dry_run(origin, recipe, overrides, as_json)
         else:
-            _export(origin, recipe, overrides, output, calibration, force=force, resume=resume, as_json=as_json)
+            _export(
+                origin, recipe, overrides, output, calibration, targets, force=force, resume=resume, as_json=as_json
+            )
 
 
 @dataclass(frozen=True)
@@ -181,12 +208,56 @@ def _parse_precisions(options: list[str] | None) -> dict[str, str] | None:
     return parsed
 
 
+def _parse_targets(
+    engines: list[str] | None,
+    capabilities: list[str] | None,
+    max_tokens: int | None,
+    max_batch: int | None,
+    *,
+    allow_precision_fallback: bool,
+    capability_report: bool,
+) -> EngineTargets:
+    """Returns what is built beside the engines of ONNX Runtime.
+
+    Raises:
+        InputError: An engine does not exist, or an option goes with none that is built.
+        UnavailableError: TensorRT-RTX does not build for a compute capability.
+    """
+    names = _split(engines)
+    # Whoever names the engines of ONNX Runtime gets what is built anyway.
+    unknown = [name for name in names if name not in ENGINES]
+    if unknown:
+        raise InputError(f"--engine {unknown[0][:40]!r} does not exist; choose from {', '.join(ENGINES)}")
+    numbers = _split(capabilities)
+    if not all(number.isdecimal() for number in numbers):
+        raise InputError(f"--sm {','.join(numbers)[:40]!r} is no compute capability, like 89 for 8.9")
+    flavours = tuple(flavour for flavour in FLAVOURS if flavour in names)
+    settings = {"max_tokens": max_tokens, "max_batch": max_batch}
+    given = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is not None]
+    if given and not flavours:
+        raise InputError(f"{given[0]} goes with --engine tensorrt or tensorrt-rtx")
+    targets = EngineTargets(
+        flavours,
+        tuple(sorted({int(number) for number in numbers})),
+        allow_precision_fallback=allow_precision_fallback,
+        capability_report=capability_report,
+        **{name: value for name, value in settings.items() if value is not None},
+    )
+    targets.check()
+    return targets
+
+
+def _split(options: list[str] | None) -> list[str]:
+    return [part.strip() for option in options or [] for part in option.split(",") if part.strip()]
+
+
 def _export(
     origin: _Origin,
     preset: str,
     overrides: dict[str, Any],
     output: Path | None,
     calibration: Path | None,
+    targets: EngineTargets,
     *,
     force: bool,
     resume: bool,
@@ -215,6 +286,7 @@ def _export(
                 force=force,
                 progress=bars.update,
                 calibration_data=calibration,
+                targets=targets,
                 resume=resume,
             )
     except KeyboardInterrupt:

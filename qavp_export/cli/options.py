@@ -60,6 +60,9 @@ ScoreInputOption = Annotated[
     str | None,
     typer.Option(help="Score raw features, or rms: each token divided by its root mean square. [default: raw]"),
 ]
+SelectOption = Annotated[
+    str | None, typer.Option(help="Selection rule: topk, or the diverse ones dpp and maxmin. [default: topk]")
+]
 PositionsOption = Annotated[
     str | None, typer.Option(help="Position ids of the shortened prompt: contiguous or original. [default: contiguous]")
 ]
@@ -68,6 +71,37 @@ SeedOption = Annotated[
 ]
 GroupSizeOption = Annotated[
     int | None, typer.Option(help="Channels that share a scale. [default: largest of 128..16 that fits]")
+]
+EngineOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[,NAME]",
+        help="Also build tensorrt (for the GPU here) or tensorrt-rtx (for --sm, with no GPU); repeatable. The engines "
+        "of ONNX Runtime are always there.",
+    ),
+]
+SmOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sm",
+        metavar="NN[,NN]",
+        help="Compute capabilities that tensorrt-rtx builds for: 80, 86, 89, 120 or 121; repeatable.",
+    ),
+]
+MaxTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of prompt and answer that TensorRT engines have room for. [default: the context, or 2048]"
+    ),
+]
+MaxBatchOption = Annotated[int | None, typer.Option(help="Prompts at once in TensorRT engines. [default: 4]")]
+PrecisionFallbackOption = Annotated[
+    bool,
+    typer.Option("--allow-precision-fallback", help="Keep TensorRT engines that run layers in another precision."),
+]
+CapabilityReportOption = Annotated[
+    bool,
+    typer.Option("--capability-report", help="Put Polygraphy's report on what TensorRT supports into the bundle."),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")]
 ResumeOption = Annotated[

@@ -140,7 +140,8 @@ def _engine_line(engine: Mapping[str, Any]) -> str:
         for graph, precisions in engine["precision"].items()
         if not graph.endswith(".unsigned")
     ]
-    return "; ".join([*runs, *engine["notes"]])
+    built_for = ", ".join(f"{capability / 10:.1f}" for capability in engine.get("capabilities", ()))
+    return "; ".join([*([f"compute capability {built_for}"] if built_for else []), *runs, *engine["notes"]])
 
 
 def print_estimate(plan: Estimate, model: str) -> None:

@@ -61,7 +61,9 @@ def run(  # noqa: D103
         float | None,
         typer.Option(help="Share of vision tokens that survives, within the bundle's range; else its default."),
     ] = None,
-    engine: Annotated[str, typer.Option(help="What runs the bundle: ort-cpu, ort-cuda or ort-reference.")] = "ort-cpu",
+    engine: Annotated[
+        str, typer.Option(help="What runs the bundle: ort-cpu, ort-cuda, ort-reference, tensorrt or tensorrt-rtx.")
+    ] = "ort-cpu",
     threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
     vision: Annotated[
         str | None, typer.Option(help="Vision tower of engine ort-cpu: w8a8 or fp32.", show_default="w8a8")

@@ -1,60 +1,212 @@
-"""TensorRT-RTX builds a decoder's NVFP4 graph for a GPU that is not there."""
+"""TensorRT-RTX builds engines for GPUs that are not there; tests/families build those of every other family."""
 
 from __future__ import annotations
 
-import platform
-import sys
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
 
 from qavp_export import pipeline
-from qavp_export.passes import FoldWeightTransposes
-from qavp_export.passes.place_nvfp4 import PlaceNvfp4
-from qavp_export.source import open_source
-from tests.engines.rtx import build_engine
+from qavp_export.cli.common import run_command
+from qavp_export.cli.export import app
+from qavp_export.engines.tensorrt.inspector import parse_log, realized_precision
+from qavp_export.engines.tensorrt.keys import TENSORRT_RTX, EngineKeys, Profiles
+from qavp_export.engines.tensorrt.lowering.capabilities import TENSORRT_RTX as RTX_CAPABILITIES
+from qavp_export.engines.tensorrt.lowering.decoder import lower_decoder
+from qavp_export.engines.tensorrt.process import run_worker
+from qavp_export.engines.tensorrt.profiles import decoder_profiles
+from qavp_export.engines.tensorrt.worker import Request
+from qavp_export.errors import QavpError
+from qavp_export.manifest import Manifest, VisionTokens
+from qavp_export.passes import SCHEMES, PlaceQdq, RoundWeights
+from qavp_export.passes import realized_precision as canonical_precision
+from qavp_export.recipe import make_recipe
+from qavp_export.verify import verify
+from tests.engines.rtx import CAPABILITIES, REALIZED, RTX, check_engines, requires_rtx
 from tests.models.tiny import TinySpec, make_llava
+from tests.passes.decoders import llama_decoder
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64",
-    reason="TensorRT-RTX is published for Linux x86_64 only",
-)
+pytestmark = requires_rtx
 
-FP4_WEIGHT = ["FP4E2M1", "FP8", "Float", "Float"]
+TOKENS = VisionTokens(25, 3, "<image>", 4, "contiguous", 0.125)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
-def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny decoder's NVFP4 graph; Qwen2's has biases."""
-    folder = tmp_path_factory.mktemp(request.param)
-    source = open_source(make_llava(folder / "checkpoint", TinySpec(decoder=request.param)), "tiny")
-    graphs, _ = pipeline.trace(source, lambda *_: None)
-    FoldWeightTransposes()(graphs["decoder"])
-    result = PlaceNvfp4(["/model/layers.*"])(graphs["decoder"])
-    assert (result.matched, result.refused) == (14, [])
-    path = folder / "model.onnx"
-    ir.save(graphs["decoder"], path, external_data="model.onnx.data")
-    return path
+def _run(*argv: str) -> int:
+    return run_command(app, "qavp-export", list(argv))
 
 
-def test_every_layer_multiplies_fp4_by_fp4_on_blackwell(decoder: Path) -> None:
-    build = build_engine(decoder, "SM120")
-    assert build.errors == []
-    assert build.engine_bytes > 0
-    products = {name: gemm for gemm in build.gemms for name in gemm.nodes if name.endswith("proj/MatMul")}
-    names = [f"attn/{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
-    names += [f"mlp/{name}" for name in ("gate_proj", "up_proj", "down_proj")]
-    assert sorted(products) == sorted(f"/model/layers.{layer}/{name}/MatMul" for layer in range(2) for name in names)
+@pytest.fixture(scope="module")
+def bundle(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command makes of the default recipe for all capabilities."""
+    target = tmp_path_factory.mktemp("cli") / "bundle"
+    sm = ",".join(map(str, CAPABILITIES[:2]))
+    # Diverse selection is a Loop.
+    options = [
+        "--select",
+        "dpp",
+        "--engine",
+        "ort-cpu,tensorrt-rtx",
+        "--sm",
+        sm,
+        "--sm",
+        "89",
+        "--sm",
+        "120",
+        "--capability-report",
+    ]
+    assert _run("--model", str(tiny_llava), "-o", str(target), "--json", *options, "--max-tokens", "96") == 0
+    return target
+
+
+def test_the_command_builds_every_engine_without_a_gpu(bundle: Path) -> None:
+    manifest = Manifest.read(bundle)
+    check_engines(manifest, bundle)
+    keys = EngineKeys.read(bundle, TENSORRT_RTX)
+    assert (keys.driver, keys.profiles) == (None, Profiles(96, 96, 4))
+    assert sum(name == "w4a4" for name in keys.graphs["decoder"].requested.values()) == 14
+    assert set(manifest.engines) == {"ort-cpu", "ort-cuda", "tensorrt-rtx"}
+    (note,) = keys.notes
+    assert "activations are rounded" in note
+    verify(bundle)
+
+
+def test_nothing_else_is_left_in_the_bundle(bundle: Path) -> None:
+    names = ("vision_encoder", "embedding", "decoder")
+    expected = {"engine.json", *(f"{name}{end}" for name in names for end in (".engine", ".capability.txt"))}
+    assert {path.name for path in (bundle / "engines" / TENSORRT_RTX).iterdir()} == expected
+    report = (bundle / "engines" / TENSORRT_RTX / "decoder.capability.txt").read_text()
+    assert "Graph is fully supported by TensorRT" in report
+    assert str(bundle.parent) not in report
+
+
+def test_a_changed_engine_is_found(bundle: Path) -> None:
+    path = bundle / "engines" / TENSORRT_RTX / "embedding.engine"
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(QavpError, match=r"embedding\.engine was changed"):
+            verify(bundle)
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "qwen2"])
+def test_every_layer_multiplies_fp4_by_fp4_on_blackwell(decoder: str, tmp_path: Path) -> None:
+    # Qwen2's has biases.
+    checkpoint = make_llava(tmp_path / "checkpoint", TinySpec(decoder=decoder))
+    targets = dataclasses.replace(RTX, capabilities=(120,))
+    quiet = lambda *_: None  # noqa: E731
+    made = make_recipe("nvfp4", {})
+    manifest = pipeline.export(
+        checkpoint, made, tmp_path / "b", name="tiny", force=False, progress=quiet, targets=targets
+    )
+    layers = manifest.engines[TENSORRT_RTX]["layers"]["decoder"]
     # The builder may drop to float32 without a word (NVIDIA/TensorRT#4833): codes and scales must reach the product.
-    for name, gemm in products.items():
-        assert gemm.operands == ["FP4E2M1", "FP8"], name
-        assert sorted(gemm.constants) == FP4_WEIGHT, name
-    (head,) = [gemm for gemm in build.gemms if "/lm_head/MatMul" in gemm.nodes]
-    assert not {"FP4E2M1", "FP8"} & {*head.operands, *head.constants}
+    assert sorted(layers.values()).count(["nvfp4", "fp4 x fp4"]) == 14
+    assert layers["/lm_head/MatMul"] == ["w8a16", "float16 x float16"]
 
 
-def test_a_gpu_without_fp4_is_refused(decoder: Path) -> None:
-    build = build_engine(decoder, "SM89")
-    assert build.engine_bytes == 0
-    assert any("HW-specific datatypes: fp4_e2m1" in error for error in build.errors)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_is_built(scheme: str, tmp_path: Path) -> None:
+    model, plan = llama_decoder()
+    # The builder pads weights of 67 columns in every run, which dequantizes those of the head.
+    PlaceQdq(16, (("/model/layers.*", SCHEMES[scheme]),), RoundWeights(clip_search=False))(model)
+    expected = {layer.node: REALIZED[layer.precision] for layer in canonical_precision(model)}
+    assert list(expected.values()).count(REALIZED[scheme]) == 14
+    assert _build_decoder(model, plan, tmp_path)[1] == expected
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT])
+def test_float_layers_run_as_they_are_stored(dtype: ir.DataType, tmp_path: Path) -> None:
+    model, plan = llama_decoder()
+    _store(model, dtype)
+    names = {ir.DataType.FLOAT: "float32"}
+    expected = f"{names.get(dtype, dtype.name.lower())} x {names.get(dtype, dtype.name.lower())}"
+    realized = _build_decoder(model, plan, tmp_path)[1]
+    assert set(realized.values()) == {expected}
+    assert len(realized) == 15
+
+
+def _store(model: ir.Model, dtype: ir.DataType) -> None:
+    """Stores matrices in a type, with a cast behind each."""
+    for node in list(model.graph):
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        if weight is None or not weight.is_initializer() or weight.dtype == dtype:
+            continue
+        assert weight.const_value is not None
+        stored = ir.Value(name=f"{weight.name}.stored", shape=weight.shape, type=ir.TensorType(dtype))
+        stored.const_value = ir.tensor(weight.const_value.numpy().astype(dtype.numpy()), dtype=dtype, name=stored.name)
+        model.graph.register_initializer(stored)
+        cast = ir.node("Cast", [stored], {"to": int(ir.DataType.FLOAT)}, name=f"{weight.name}/cast")
+        cast.outputs[0].name, cast.outputs[0].dtype = f"{weight.name}.wide", ir.DataType.FLOAT
+        cast.outputs[0].shape = weight.shape
+        model.graph.insert_before(node, cast)
+        node.replace_input_with(1, cast.outputs[0])
+
+
+def _build_decoder(model: ir.Model, plan: Any, folder: Path) -> tuple[Path, dict[str, str]]:
+    """Builds a decoder; returns the engine, and what its linear layers run in."""
+    network = lower_decoder(model, plan.context_length, 48, RTX_CAPABILITIES)
+    path = folder / "decoder.onnx"
+    ir.save(network.model, path, external_data="decoder.data")
+    shapes = decoder_profiles(network.model, Profiles(48, 48, 2), TOKENS)
+    profiles = tuple({key: [list(bound) for bound in bounds] for key, bounds in one.items()} for one in shapes)
+    engine = folder / "decoder.engine"
+    request = Request(TENSORRT_RTX, "", str(path), str(engine), profiles, capabilities=CAPABILITIES)
+    report = run_worker(request, folder)
+    assert engine.stat().st_size > 0
+    layers = parse_log(report.layers)
+    return engine, realized_precision(layers, [layer.node for layer in canonical_precision(model)])
+
+
+def test_what_does_not_parse_is_one_line_and_leaves_no_engine(tmp_path: Path) -> None:
+    value = ir.Value(name="x", shape=ir.Shape([3]), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.node("Unique", [value], {"sorted": 1}, name="odd")
+    node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.FLOAT
+    graph = ir.Graph([value], [node.outputs[0]], nodes=[node], opset_imports={"": 21}, name="odd")
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "odd.onnx")
+    request = Request(TENSORRT_RTX, "", str(tmp_path / "odd.onnx"), str(tmp_path / "odd.engine"), capabilities=(89,))
+    with pytest.raises(QavpError, match="the parser refused odd") as caught:
+        run_worker(request, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "odd.engine").exists()
+
+
+REFUSED = {
+    "fp4 before Blackwell": (("--format", "nvfp4", "--engine", "tensorrt-rtx", "--sm", "89"), 3, "nvfp4 needs a GPU"),
+    "fp4 on one of two": (("--format", "nvfp4", "--engine", "tensorrt-rtx", "--sm", "120,86"), 3, "not 8.6; choose"),
+    "Hopper": (("--engine", "tensorrt-rtx", "--sm", "90"), 3, "does not build this for --sm 90"),
+    "no GPU": (("--engine", "tensorrt"), 3, "--engine tensorrt"),
+    "no capability": (("--engine", "tensorrt-rtx"), 2, "--sm goes with --engine tensorrt-rtx"),
+    "capability alone": (("--sm", "89"), 2, "--sm goes with --engine tensorrt-rtx"),
+    "a word": (("--engine", "tensorrt-rtx", "--sm", "ada"), 2, "is no compute capability"),
+    "unknown engine": (("--engine", "tensorflow"), 2, "does not exist; choose from ort-cpu"),
+    "report alone": (("--capability-report",), 2, "--capability-report goes with"),
+    "size alone": (("--max-tokens", "96"), 2, "--max-tokens goes with"),
+    "too long": (("--engine", "tensorrt-rtx", "--sm", "89", "--max-tokens", "129"), 2, "context has 128 tokens"),
+    "no room": (("--engine", "tensorrt-rtx", "--sm", "89", "--max-tokens", "0"), 2, "are 1 or more"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_run_is_refused_before_anything_is_done(
+    case: str, tiny_llava: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options, code, message = REFUSED[case]
+    assert _run("--model", str(tiny_llava), "-o", str(tmp_path / "bundle"), *options) == code
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_summary_names_the_gpus(bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from qavp_export.cli.report import print_summary
+
+    print_summary(Manifest.read(bundle), bundle, "exported")
+    text = " ".join(capfd.readouterr().out.split())
+    assert "compute capability 8.0, 8.6, 8.9, 12.0; vision_encoder float16 x float16" in text
+    assert json.loads((bundle / "engines" / TENSORRT_RTX / "engine.json").read_text())["flavour"] == TENSORRT_RTX

@@ -20,6 +20,7 @@ from qavp_export.numerics.score import hybrid_token_score
 from qavp_export.numerics.select import select_topk
 from qavp_export.recipe import DEFAULT_PRESET, make_recipe
 from tests.engines.cached_decoders import check_lowered
+from tests.engines.rtx import RTX, check_engines
 from tests.families.harness import ROUNDING, Array, Batch, Case, transformers_answer, transformers_answer_to
 from tests.models.gemma3 import make_gemma3
 from tests.models.idefics3 import make_idefics3, make_smolvlm
@@ -211,7 +212,10 @@ def test_the_default_recipe_exports_and_the_bundle_prepares_prompts(
 ) -> None:
     case, recipe = case_of(name), make_recipe(DEFAULT_PRESET, {"keep": 0.4})
     target = tmp_path / "bundle"
-    manifest = pipeline.export(checkpoint_of(name), recipe, target, name=name, force=False, progress=lambda *_: None)
+    manifest = pipeline.export(
+        checkpoint_of(name), recipe, target, name=name, force=False, progress=lambda *_: None, targets=RTX
+    )
+    check_engines(manifest, target)
     assert (manifest.parity["verdict"], manifest.parity["reason"]) == ("PASS", "")
     precisions = [value for layer, value in manifest.precision.items() if layer.startswith("decoder:")]
     # q, k, v, o, gate, up, down in each layer, and the head.

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from qavp_export import EngineOptions, QavpModel, pipeline
+from qavp_export.engines.tensorrt.targets import EngineTargets
 from qavp_export.errors import CheckpointError, GraphError
 from qavp_export.families import FAMILIES, Family, family_of
 from qavp_export.manifest import Manifest
@@ -27,6 +28,7 @@ from qavp_export.passes import KeepAllTokens, PruneVisionTokens
 from qavp_export.recipe import make_recipe
 from qavp_export.runtime.processors import load_processor
 from qavp_export.tracing import PARAMETER
+from tests.engines.rtx import RTX, check_engines
 from tests.families.harness import traced_vision
 from tests.models.mistral3 import MERGE, PATCH, make_mistral3, make_pixtral
 from tests.passes.graphs import run
@@ -70,9 +72,11 @@ class _Model:
         result: npt.NDArray[np.float32] = squares.mean(dim=(1, 3)).reshape(1, -1).numpy()
         return result
 
-    def bundle(self, folder: Path, recipe: str = "none", **overrides: Any) -> Manifest:
-        made = make_recipe(recipe, overrides)
-        return pipeline.export(self.folder, made, folder, name="tiny", force=False, progress=lambda *_: None)
+    def bundle(
+        self, folder: Path, recipe: str = "none", targets: EngineTargets | None = None, **overrides: Any
+    ) -> Manifest:
+        made, quiet = make_recipe(recipe, overrides), lambda *_: None
+        return pipeline.export(self.folder, made, folder, name="tiny", force=False, progress=quiet, targets=targets)
 
     def answer(self, **inputs: torch.Tensor) -> list[int]:
         """The greedy answer by transformers; the runtime never generates a placeholder."""
@@ -177,7 +181,8 @@ def test_one_pruned_bundle_answers_as_transformers_fed_the_same_tokens(model: _M
 
 def test_w4a4_matches_torch(model: _Model, tmp_path: Path) -> None:
     # The default recipe, and for the family whose decoder is the same one that needs less time.
-    manifest = model.bundle(tmp_path / "bundle", "auto" if model.merge > 1 else "rtn")
+    manifest = model.bundle(tmp_path / "bundle", "auto" if model.merge > 1 else "rtn", RTX)
+    check_engines(manifest, tmp_path / "bundle")
     assert manifest.parity["verdict"] == "PASS"
     assert manifest.parity["kept_indices_equal"] == 1.0
     tokens = manifest.vision_tokens

@@ -27,6 +27,7 @@ from qavp_export.recipe import make_recipe
 from qavp_export.runtime.processors import load_processor
 from qavp_export.runtime.tiles import count_tiles, pack_tiles
 from qavp_export.tracing import PARAMETER
+from tests.engines.rtx import RTX, check_engines
 from tests.families.harness import traced_vision
 from tests.models.llava_next import PATCH, SIDE, make_llava_next, make_llava_onevision
 from tests.passes.graphs import run
@@ -135,8 +136,12 @@ def _image(size: tuple[int, int]) -> Image.Image:
 
 
 def _bundle(model: _Model, folder: Path, **overrides: Any) -> QavpModel:
-    recipe = make_recipe("none", overrides)
-    manifest = pipeline.export(model.folder, recipe, folder, name="tiny", force=False, progress=lambda *_: None)
+    recipe, quiet = make_recipe("none", overrides), lambda *_: None
+    # Once for a family.
+    targets = RTX if "keep_range" in overrides else None
+    manifest = pipeline.export(model.folder, recipe, folder, name="tiny", force=False, progress=quiet, targets=targets)
+    if targets is not None:
+        check_engines(manifest, folder)
     assert manifest.parity["verdict"] == "PASS"
     return QavpModel.from_bundle(folder, options=EngineOptions(threads=1))
 

@@ -1,0 +1,1 @@
+"""From canonical graphs to networks that TensorRT and TensorRT-RTX parse and build."""

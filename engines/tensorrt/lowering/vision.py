@@ -1,0 +1,49 @@
+"""Lowers a vision encoder: its products and attention to 16-bit floats, the scoring of tokens in float32."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qavp_export.engines.lowering.split import remove_unused
+from qavp_export.engines.tensorrt.lowering.capabilities import Capabilities
+from qavp_export.engines.tensorrt.lowering.half import HalfProducts, stored_weight
+from qavp_export.engines.tensorrt.lowering.network import HALF, LoweredNetwork
+from qavp_export.engines.tensorrt.lowering.score import lower_scores
+from qavp_export.passes import realized_precision
+from qavp_export.passes._linear import input_of, name_of
+
+# Where `passes.prune_vision_tokens` puts its nodes.
+_SCORING = "/prune/"
+_WITH_WEIGHT = frozenset({"MatMul", "Gemm", "Conv"})
+
+
+def lower_vision(model: ir.Model, capabilities: Capabilities) -> LoweredNetwork:
+    """Lowers a canonical vision encoder; inputs and outputs stay.
+
+    1. Linear layers, convolutions and attention operators run in FLOAT16, from float32 and to it: what is added up, and
+       norms, stay float32.
+    2. All that scores and selects tokens stays float32. Where there are plugins the score is two of them; see
+       `lower_scores`.
+
+    Args:
+        model: The vision encoder; it is not changed.
+        capabilities: What the network may hold.
+    """
+    requested = {layer.node: layer.precision for layer in realized_precision(model)}
+    model = model.clone()
+    expected: dict[str, str] = {}
+    halves = HalfProducts(model.graph)
+    for node in list(model.graph):
+        if name_of(node).startswith(_SCORING):
+            continue
+        if node.op_type == "Attention":
+            expected[name_of(node)] = HALF
+        elif node.op_type in _WITH_WEIGHT and stored_weight(input_of(node, 1)) is not None:
+            expected[name_of(node)] = "float16 x float16"
+        else:
+            continue
+        halves.run_in_half(node)
+    if capabilities.plugins:
+        lower_scores(model)
+    remove_unused(model)
+    return LoweredNetwork(model, {node: requested.get(node, HALF) for node in expected}, expected)
