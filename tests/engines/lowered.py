@@ -60,3 +60,24 @@ def run(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
 def nodes_of(model: ir.Model, op_type: str) -> Sequence[ir.Node]:
     """Returns the nodes of an operator."""
     return [node for node in model.graph if node.op_type == op_type]
+
+
+def codes_by_value(model: ir.Model) -> dict[str, str]:
+    """Returns the codes of each value that a lowered graph quantizes, by name."""
+    codes = {
+        str(node.inputs[0].name): str(node.outputs[0].name)
+        for node in nodes_of(model, "QuantizeLinear")
+        if node.inputs[0]
+    }
+    for node in nodes_of(model, "Round"):  # the CUDA provider's
+        x = _producer(_producer(node)).inputs[0]
+        (flat,) = node.outputs[0].consumers()
+        (cast,) = flat.outputs[0].consumers()
+        codes[str(x and x.name)] = str(cast.outputs[0].name)
+    return codes
+
+
+def _producer(node: ir.Node) -> ir.Node:
+    made = node.inputs[0].producer() if node.inputs[0] is not None else None
+    assert made is not None
+    return made

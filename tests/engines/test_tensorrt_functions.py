@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -18,27 +15,20 @@ import pytest
 from qavp_export.engines.lowering.linear import quantized_linears
 from qavp_export.engines.lowering.split import remove_unused
 from qavp_export.engines.tensorrt.functions import (
-    MIX_TOKEN_SCORE,
     PLUGIN_ATTRIBUTES,
     QUANTIZE_TWO_LEVEL,
-    TOKEN_SENSITIVITY,
     W4A4_MATMUL,
 )
 from qavp_export.engines.tensorrt.lowering.linear import LoweredLinears, lower_linears
-from qavp_export.engines.tensorrt.lowering.score import lower_scores
-from qavp_export.errors import GraphError
 from qavp_export.families import Plan
 from qavp_export.numerics.rotation import orthogonal
-from qavp_export.numerics.score import ScoreInput, hybrid_token_score
-from qavp_export.numerics.semantic import norm_relevance
 from qavp_export.numerics.two_level import TwoLevel, quantize_two_level
-from qavp_export.passes import W4A4, W4A8, W4A16, W8A8, InsertHybridScore, PlaceQdq, Rotate, RoundWeights, Scheme
-from qavp_export.passes.hybrid_score import SCORE
+from qavp_export.passes import W4A4, W4A8, W4A16, W8A8, PlaceQdq, Rotate, RoundWeights, Scheme
 from tests.engines.lowered import nodes_of, write_canonical
+from tests.engines.tensorrt_graphs import check_parser_takes, needs_parser, tap
 from tests.models.tiny import TinySpec
 from tests.passes.decoders import hand_made, run_steps, trace_decoder
-from tests.passes.graphs import graph, run, session
-from tests.passes.test_hybrid_score import KINDS, SIZES
+from tests.passes.graphs import run
 
 Array = npt.NDArray[Any]
 
@@ -84,12 +74,6 @@ def _inputs(channels: int, group: int) -> dict[str, Array]:
     return {"x": x, "y": -np.roll(x, 3, axis=1)[:, ::-1].copy()}
 
 
-def _tap(model: ir.Model, value: ir.Value | None, name: str) -> None:
-    assert value is not None
-    value.name = name
-    model.graph.outputs.append(value)
-
-
 def _products(quantized: TwoLevel) -> Array:
     group = quantized.codes.shape[-1] // quantized.multipliers.shape[-1]
     return quantized.codes.astype(np.int32) * np.repeat(quantized.multipliers.astype(np.int32), group, axis=-1)
@@ -107,8 +91,8 @@ def test_products_steps_and_sums_are_the_reference_ones(sizes: tuple[int, int, i
         *(QUANTIZE_TWO_LEVEL, W4A4_MATMUL),
     ]
     for number, node in enumerate(nodes_of(model, QUANTIZE_TWO_LEVEL)):
-        _tap(model, node.outputs[0], f"products{number}")
-        _tap(model, node.outputs[1], f"steps{number}")
+        tap(model, node.outputs[0], f"products{number}")
+        tap(model, node.outputs[1], f"steps{number}")
     feeds = _inputs(sizes[0], sizes[2])
     names = [str(value.name) for value in model.graph.outputs]
     outputs = dict(zip(names, run(model, feeds), strict=True))
@@ -143,7 +127,7 @@ def test_a_rotation_moves_into_the_quantizer(sizes: tuple[int, int, int]) -> Non
     quantizer = model.graph[0]
     assert quantizer.inputs[0] is model.graph.inputs[0]
     assert quantizer.attributes["rotate"].as_int() == 1
-    _tap(model, quantizer.outputs[0], "products")
+    tap(model, quantizer.outputs[0], "products")
     x = np.random.default_rng(3).standard_normal((2, 9, inputs)).astype(np.float32)
     x[0, 0] = 0
     products = run(model, {"x": x})[2]
@@ -230,31 +214,12 @@ def _in_memory(model: ir.Model) -> ir.Model:
     return model
 
 
-PARSE = """
-import sys
-import tensorrt_rtx as trt
-log = trt.Logger(trt.Logger.ERROR)
-builder = trt.Builder(log)
-network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-sys.exit(not trt.OnnxParser(network, log).parse_from_file(sys.argv[1]))
-"""
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64", reason="TensorRT-RTX is published for Linux x86_64 only"
-)
-@pytest.mark.parametrize("name", ["linear", "score"])
-def test_where_there_are_no_plugins_the_parser_inlines_the_functions(name: str, tmp_path: Path) -> None:
-    model = _layers((96, 67, 32)) if name == "linear" else _scored((25, 96, 32, 3), "rms", 0.5, "float16")
+@needs_parser
+def test_where_there_are_no_plugins_the_parser_inlines_the_functions(tmp_path: Path) -> None:
+    model = _layers((96, 67, 32))
     lower_linears(model)
     remove_unused(model)
-    path = tmp_path / "model.onnx"
-    ir.save(model, path)
-    # TensorRT-RTX has none; its libraries must not share a process with ONNX Runtime's.
-    result = subprocess.run(
-        [sys.executable, "-c", PARSE, str(path)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    check_parser_takes(model, tmp_path)
 
 
 def test_layers_that_share_a_weight_share_what_is_packed_of_it() -> None:
@@ -437,65 +402,3 @@ def _prompt(model: ir.Model, embeds: Array) -> dict[str, Array]:
             _, heads, _, size = cast(ir.Shape, value.shape)
             feeds[str(value.name)] = np.zeros((batch, cast(int, heads), 0, cast(int, size)), np.float32)
     return feeds
-
-
-def _scored(size: tuple[int, int, int, int], score_input: ScoreInput, alpha: float, dtype: str) -> ir.Model:
-    tokens, width, group_size, _ = size
-    features = f"{dtype}[B,{tokens},{width}]"
-    model = graph(f"({features} x) => ({features} image_features)", "image_features = Identity (x)")
-    InsertHybridScore("image_features", "norm", alpha, group_size, score_input)(model)
-    _tap(model, next(value for node in model.graph for value in node.outputs if value.name == SCORE), "score")
-    result = lower_scores(model)
-    remove_unused(model)
-    takes = group_size & (group_size - 1) == 0 and group_size >= 16
-    assert (result.matched, len(result.refused)) == (int(takes), int(not takes))
-    return model
-
-
-@pytest.mark.parametrize("dtype", ["float", "float16"])
-@pytest.mark.parametrize("score_input", ["raw", "rms"])
-def test_scores_are_the_reference_ones_bit_for_bit(score_input: ScoreInput, dtype: str) -> None:
-    for number, size in enumerate(SIZES):
-        alpha = (0.5, 0.3, 0.0, 1.0)[number % 4]
-        model = _scored(size, score_input, alpha, dtype)
-        functions = {function.name for function in model.functions.values()}
-        parts = {TOKEN_SENSITIVITY, MIX_TOKEN_SCORE} if size[2] >= 16 else {"HybridTokenScore"}
-        assert functions == parts | {"TokenNorm"}
-        runner = session(model, optimize=False)
-        for seed, kind in enumerate(KINDS):
-            features = KINDS[kind](np.random.default_rng(seed), (2, *size[:2]))
-            if dtype == "float16":
-                features = features.clip(-60000, 60000).astype(np.float16)
-            expected = hybrid_token_score(
-                features, norm_relevance(features), group_size=size[2], alpha=alpha, score_input=score_input
-            )
-            np.testing.assert_array_equal(runner.run(["score"], {"x": features})[0], expected, err_msg=kind)
-
-
-def test_the_parts_of_the_score_carry_its_settings() -> None:
-    model = _scored((16, 64, 32, 4), "rms", 0.25, "float")
-    (sensitivity,), (mix,) = nodes_of(model, TOKEN_SENSITIVITY), nodes_of(model, MIX_TOKEN_SCORE)
-    assert sensitivity.name == f"/prune/score/{TOKEN_SENSITIVITY}"
-    assert sensitivity.attributes["group_size"].as_int() == 32
-    assert sensitivity.attributes["rms"].as_int() == 1
-    assert mix.attributes["alpha"].as_float() == 0.25
-    assert [value.name for value in sensitivity.outputs] == [value.name for value in mix.inputs[:2] if value]
-    for node in (sensitivity, mix):
-        assert node.attributes["plugin_namespace"].as_string() == "qavp"
-
-
-def test_a_score_that_the_kernel_does_not_take_says_why() -> None:
-    model = graph("(float[1,4,35] x) => (float[1,4,35] image_features)", "image_features = Identity (x)")
-    InsertHybridScore("image_features", "norm", group_size=7)(model)
-    (refusal,) = lower_scores(model).refused
-    assert refusal.node_name == "/prune/score/HybridTokenScore"
-    assert refusal.reason == "the scoring kernel takes group sizes 16, 32, ... 1024, not 7"
-
-
-def test_a_score_without_its_function_is_an_error() -> None:
-    model = graph("(float[1,4,16] x) => (float[1,4,16] image_features)", "image_features = Identity (x)")
-    InsertHybridScore("image_features", "norm", group_size=16)(model)
-    function = next(function for function in model.functions.values() if function.name == "HybridTokenScore")
-    model.functions.pop(function.identifier())
-    with pytest.raises(GraphError, match="the function of /prune/score/HybridTokenScore is not in the model"):
-        lower_scores(model)

@@ -31,6 +31,7 @@ from qavp_export.tracing import build_skeleton
 from qavp_export.tracing.trace import _trace, _vision_request
 from qavp_export.weight_file import WeightFile
 from qavp_export.weights import CheckpointWeights
+from tests.engines.lowered import codes_by_value
 from tests.models.gemma3 import make_gemma3
 from tests.models.idefics3 import make_idefics3
 from tests.models.internvl import make_internvl
@@ -228,7 +229,7 @@ def test_integers_and_products_equal_numpy(bundle_of: Callable[..., Path], capab
     shift = 128 if capabilities.activations == ir.DataType.UINT8 else 0
     weight_shift = 128 if capabilities.weights == ir.DataType.UINT8 else 0
     weights = _weights(bundle, lowered)
-    codes_of = _codes_of(lowered)
+    codes_of = codes_by_value(lowered.model)
     graph = lowered.model.graph
     scaled = {str(node.name): str(node.outputs[0].name) for node in graph if str(node.name).endswith("/per_token")}
     taps = (*map(str, codes_of), *codes_of.values(), *scaled.values())
@@ -256,24 +257,7 @@ def test_integers_and_products_equal_numpy(bundle_of: Callable[..., Path], capab
         np.testing.assert_allclose(result, product, rtol=0, atol=ROUNDING * np.abs(product).max())
 
 
-def _codes_of(lowered: Lowered) -> dict[str | None, str]:
-    """Returns the codes of each value that is quantized, by name."""
-    codes = {node.inputs[0].name: str(node.outputs[0].name) for node in _of(lowered, QUANTIZED) if node.inputs[0]}
-    for node in _of(lowered, "Round"):  # CUDA's
-        x = _producer(_producer(node)).inputs[0]
-        (flat,) = node.outputs[0].consumers()
-        (cast,) = flat.outputs[0].consumers()
-        codes[None if x is None else x.name] = str(cast.outputs[0].name)
-    return codes
-
-
-def _producer(node: ir.Node) -> ir.Node:
-    made = node.inputs[0].producer() if node.inputs[0] is not None else None
-    assert made is not None
-    return made
-
-
-def _replaced(name: str | None, codes_of: Mapping[str | None, str]) -> str:
+def _replaced(name: str | None, codes_of: Mapping[str, str]) -> str:
     """Returns the value that a layer reads once attention is by token."""
     return str(name) if name in codes_of else str(name).replace("Reshape_3", "Attention/by_token_output_0")
 
