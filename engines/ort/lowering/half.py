@@ -39,7 +39,8 @@ def _read_wide(half: ir.Value, wide: ir.Value) -> None:
             rows = node.outputs[0]
             if wide is not half:
                 node.replace_input_with(0, wide)
-            rows.dtype = _FLOAT
+            # A new type: clones share the one that is there.
+            rows.type = ir.TensorType(_FLOAT)
             _read_wide(rows, rows)
         else:
             raise GraphError(f"{node.op_type} {node.name!r} reads the 16-bit weight {half.name!r}; export again")

@@ -88,7 +88,8 @@ class WeightPlans:
                 self._plans[plan.name] = plan
                 dtype = _UNPACKED.get(tensor.dtype, tensor.dtype)
                 value.const_value = ir.ExternalTensor(_LOCATION, 0, 0, dtype, shape=tensor.shape, name=plan.name)
-                value.dtype = dtype
+                # A new type: clones share the one that is there.
+                value.type = ir.TensorType(dtype)
         return [self._plans[name] for name in graph.initializers if name in self._plans]
 
     def _stored(self, value: ir.Value) -> StoredTensor:
