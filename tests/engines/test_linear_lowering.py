@@ -347,13 +347,3 @@ def test_weights_inside_the_graph_are_no_bundle(tmp_path: Path) -> None:
     value.const_value = ir.tensor(np.zeros((96, 67), np.int8), dtype=ir.DataType.INT8, name="w.codes")
     with pytest.raises(GraphError, match=r"'w\.codes' does not lie in the bundle's weight files"):
         lower_linears(inline.graph, "integer", CPU, WeightPlans("decoder"))
-
-
-def test_lowering_a_clone_changes_nothing_of_the_canonical_graph(tmp_path: Path) -> None:
-    # Groups of 24 are none of MatMulNBits': the layer stays, and its codes are handed over unpacked.
-    layers = _Layers.of(tmp_path, (48, 5, 24), {"first": W4A4})
-    before = {name: value.dtype for name, value in layers.model.graph.initializers.items()}
-    assert ir.DataType.INT4 in before.values()
-    first, second = layers.lower("packed"), layers.lower("packed")
-    assert {name: value.dtype for name, value in layers.model.graph.initializers.items()} == before
-    assert first.precision == second.precision
