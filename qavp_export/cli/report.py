@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -22,8 +22,11 @@ from rich.progress import (
 from rich.table import Table
 
 from qavp_export.bundle import GRAPH_NAME
-from qavp_export.estimate import Estimate
 from qavp_export.manifest import Manifest
+
+if TYPE_CHECKING:
+    # It imports torch, which qavp-inspect does without.
+    from qavp_export.estimate import Estimate
 
 _DECODER_PREFIX = "decoder:"
 
