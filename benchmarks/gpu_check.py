@@ -22,6 +22,7 @@ from gpu_kernels import KernelBench, kernel_specs
 from gpu_matmul import MatmulBench, matmul_specs
 from gpu_plugins import PluginBench
 from gpu_report import Check, Report, Timing, print_report
+from gpu_select import SelectBench, select_specs
 from gpu_timing import Kernels
 from rich.console import Console
 from rich.progress import track
@@ -89,7 +90,7 @@ def main(
 
 
 def _compile(file: Path, capability: int, *, tune: bool) -> None:
-    wanted = [*kernel_specs(tune=tune), *matmul_specs(capability, tune=tune)]
+    wanted = [*kernel_specs(tune=tune), *select_specs(), *matmul_specs(capability, tune=tune)]
     specs = list({spec_key(spec): spec for spec in wanted}.values())
     write_binaries(file, specs, track(compile_all(specs, capability), "compile", len(specs), console=_SAID))
 
@@ -97,12 +98,16 @@ def _compile(file: Path, capability: int, *, tune: bool) -> None:
 def _parts(device: Device, ready: Mapping[str, Binary], seed: int, *, tune: bool) -> Iterator[Iterable[Check | Timing]]:
     """Yields what there is to check and to time, one kernel at a time."""
     kernels = Kernels(device)
-    kernels.compile([*kernel_specs(tune=tune), *matmul_specs(kernels.capability, tune=tune)], ready)
+    wanted = [*kernel_specs(tune=tune), *select_specs(), *matmul_specs(kernels.capability, tune=tune)]
+    kernels.compile(wanted, ready)
     bench, products = KernelBench(kernels, seed, tune=tune), MatmulBench(kernels, seed, tune=tune)
+    selection = SelectBench(kernels, seed)
     yield bench.check_scores()
     yield bench.check_quantizers()
+    yield selection.check()
     yield products.check()
     yield bench.time_scores()
+    yield selection.time()
     yield bench.time_quantizers()
     yield products.time()
     for capability in sorted({80, kernels.capability}):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import get_args
 
 import numpy as np
 import torch
@@ -16,12 +17,14 @@ from qavp_export.engines.cuda.driver import Device, Stream
 from qavp_export.engines.tensorrt.plugins.linear import QuantizeTwoLevel, W4A4MatMul
 from qavp_export.engines.tensorrt.plugins.plugin import Compiler, Launch, Plugin, Setting, Tensor
 from qavp_export.engines.tensorrt.plugins.score import MixTokenScore, TokenSensitivity
+from qavp_export.engines.tensorrt.plugins.select import SelectDpp, SelectMaxmin, TokenCodes, TokenProducts
+from qavp_export.numerics.diverse import Diversity, choose_diverse
 from qavp_export.numerics.rotation import block_rotation
 from qavp_export.numerics.score import hybrid_token_score
 from qavp_export.numerics.two_level import quantize_two_level
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.int8: "i8"}
-_BATCH, _TOKENS, _WIDTH, _OUTPUTS = 2, 68, 4096, 1000
+_BATCH, _TOKENS, _WIDTH, _OUTPUTS, _KEPT = 2, 68, 4096, 1000, 31
 
 
 class PluginBench:
@@ -42,6 +45,8 @@ class PluginBench:
     def check(self) -> Iterator[Check]:
         """Compares every plugin, in every tactic, with the reference."""
         yield from self._check_score()
+        for select in get_args(Diversity):
+            yield from self._check_selection(select)
         yield from self._check_quantizer()
         yield from self._check_product(_TOKENS)
         yield from self._check_product(1)
@@ -56,6 +61,28 @@ class PluginBench:
                 wanted = hybrid_token_score(features.cpu().numpy(), semantic.cpu().numpy(), group_size=GROUP)
                 differs = float(np.abs(score.cpu().numpy() - wanted).max())
                 yield Check("plugins of the score", case, differs <= 1e-4, f"S {differs:.1e}")
+
+    def _check_selection(self, select: Diversity) -> Iterator[Check]:
+        features = torch.randn((_BATCH, _TOKENS, _WIDTH), generator=self._random, device="cuda")
+        score = torch.rand((_BATCH, _TOKENS), generator=self._random, device="cuda")
+        codes = torch.full(features.shape, 127, dtype=torch.int8, device="cuda")
+        products = torch.full((_BATCH, _TOKENS, _TOKENS), math.nan, device="cuda")
+        indices, order = (torch.full((_BATCH, _KEPT), -1, dtype=torch.int32, device="cuda") for _ in range(2))
+        plugin: Plugin = SelectMaxmin()
+        inputs, outputs, settings = [products], [indices, order], {"kept": _KEPT}
+        if select == "dpp":
+            plugin, inputs = SelectDpp(), [products, score]
+            *_, rows = plugin.shapes([products.shape, score.shape], settings)
+            outputs.append(torch.full(rows, math.nan, dtype=torch.float16, device="cuda"))
+        for _ in self._run(TokenCodes(), [features], {}, [codes]):
+            pass
+        for _ in self._run(TokenProducts(), [codes], {}, [products]):
+            pass
+        for case in self._run(plugin, inputs, settings, outputs):
+            wanted = choose_diverse(select, features.cpu().numpy(), score.cpu().numpy(), _KEPT)
+            wrong = int((order.cpu().numpy() != wanted).sum())
+            unsorted = int((indices != order.sort(dim=-1).values).sum())
+            yield Check(f"plugin {plugin.name}", case, wrong == unsorted == 0, f"{wrong} choices differ")
 
     def _check_quantizer(self) -> Iterator[Check]:
         x = torch.randn((_BATCH, _TOKENS, _WIDTH), generator=self._random, device="cuda")

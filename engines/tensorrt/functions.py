@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qavp_export.errors import GraphError
+from qavp_export.numerics.diverse import Diversity
 from qavp_export.numerics.rotation import orthogonal
 from qavp_export.passes._builder import Attribute
 from qavp_export.passes.functions import DOMAIN, parse_function
@@ -23,6 +24,10 @@ TOKEN_SENSITIVITY = "TokenSensitivity"
 MIX_TOKEN_SCORE = "MixTokenScore"
 QUANTIZE_TWO_LEVEL = "QuantizeTwoLevel"
 W4A4_MATMUL = "W4A4MatMul"
+TOKEN_CODES = "TokenCodes"
+TOKEN_PRODUCTS = "TokenProducts"
+SELECT_DPP = "SelectDpp"
+SELECT_MAXMIN = "SelectMaxmin"
 
 PLUGIN_ATTRIBUTES: Mapping[str, Attribute] = MappingProxyType(
     {"plugin_namespace": PLUGIN_NAMESPACE, "plugin_version": PLUGIN_VERSION, "aot": 1}
@@ -31,6 +36,8 @@ PLUGIN_ATTRIBUTES: Mapping[str, Attribute] = MappingProxyType(
 # What both functions of the score read of the function that they are parts of.
 _PARTS = ("error", "outlier")
 _MATRIX = "matrix"
+# What the functions of selection read of the function that they are parts of.
+_CODES, _GRAM = "codes", "gram"
 
 # numerics section 3. The matrix stands for that of numerics section 4's R4, which is put in its place.
 _QUANTIZE = """
@@ -112,6 +119,20 @@ _MATMUL = """
   y = Mul (float_sums, scales)
 """
 
+_PRODUCTS = """
+  values = Cast <to: int = 1> (codes)
+  swapped = Transpose <perm: ints = [0, 2, 1]> (values)
+  products = MatMul (values, swapped)
+"""
+
+# In front of what chooses: how many. The kernels' scratch memory is an output that nobody reads.
+_COUNT = """
+  kept_number = Constant <value_int: int = @kept> ()
+  kept_shape = Constant <value_ints: ints = [-1]> ()
+  {count} = Reshape (kept_number, kept_shape)
+  scratch = Constant <value: tensor = float16[1,1,1] {{0}}> ()
+"""
+
 
 def quantize_two_level_function(opset: int, group_size: int) -> ir.Function:
     """The function `qavp.QuantizeTwoLevel`: two-level 4-bit activations as what integer products take.
@@ -166,6 +187,62 @@ def split_hybrid_score(function: ir.Function) -> tuple[ir.Function, ir.Function]
     return sensitivity, mix
 
 
+def split_select_diverse(function: ir.Function, select: Diversity) -> tuple[ir.Function, ir.Function, ir.Function]:
+    """Cuts `qavp.SelectDiverse` in three: what is computed of each token, of each pair, and of each image.
+
+    Args:
+        function: The canonical function.
+        select: The rule that it follows.
+
+    Returns:
+        `TokenCodes (image_features) => (codes)` INT8, `TokenProducts (codes) => (products)` FLOAT, and, with the
+        attribute `kept`, `SelectDpp (products, score) => (indices, order, scratch)` or
+        `SelectMaxmin (products) => (indices, order)`: INT32, and a scratch output that is of no use.
+
+    Raises:
+        GraphError: The function's body has no values of these names.
+    """
+    features, score, count = (str(value.name) for value in function.inputs)
+    codes = _part(function, TOKEN_CODES, [features], [_CODES])
+    _cast_outputs(codes, ir.DataType.INT8)
+    opset, form = function.opset_imports[""], function.doc_string or ""
+    products = parse_function(f"{TOKEN_PRODUCTS} (codes) => (products)", _PRODUCTS, opset, "integers")
+    name, inputs = (SELECT_DPP, [_GRAM, score]) if select == "dpp" else (SELECT_MAXMIN, [_GRAM])
+    outputs = [str(value.name) for value in function.outputs]
+    choice = _part(_sized_by_products(function), name, [*inputs, count], outputs)
+    _cast_outputs(choice, ir.DataType.INT32)
+    given = choice.inputs.pop()
+    head = parse_function(f"{name} <kept> () => ({count}, scratch)", _COUNT.format(count=count), opset, form)
+    nodes, (value, scratch) = list(head), head.outputs
+    head.graph.outputs.clear()
+    head.graph.remove(nodes)
+    ir.convenience.replace_all_uses_with(given, value)
+    choice.graph.insert_before(next(iter(choice)), nodes)
+    choice.attributes.update(head.attributes)
+    if select == "dpp":
+        choice.outputs.append(scratch)
+    return codes, products, choice
+
+
+def _sized_by_products(function: ir.Function) -> ir.Function:
+    """Returns a function that reads the numbers of images and tokens off the products, not the codes."""
+    whole = function.clone()
+    made = {value.name: value for node in whole for value in node.outputs}
+    for node in whole:
+        if node.op_type == "Shape" and node.inputs[0] is made.get(_CODES) and _GRAM in made:
+            node.replace_input_with(0, made[_GRAM])
+    return whole
+
+
+def _cast_outputs(function: ir.Function, dtype: ir.DataType) -> None:
+    """Gives all outputs of a function a type."""
+    for index, value in enumerate(function.outputs):
+        cast = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}_cast")
+        cast.outputs[0].name = f"{value.name}_{dtype.name.lower()}"
+        function.graph.append(cast)
+        function.graph.outputs[index] = cast.outputs[0]
+
+
 def _part(function: ir.Function, name: str, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Function:
     """Returns the nodes of a function that lead from some of its values to others."""
     whole = function.clone()
@@ -196,11 +273,16 @@ def _part(function: ir.Function, name: str, inputs: Sequence[str], outputs: Sequ
 
 
 def _upstream(values: Sequence[ir.Value]) -> set[ir.Node]:
+    """Returns the nodes that values are computed by; bodies of loops read values from outside."""
     seen: set[ir.Node] = set()
     pending = [value.producer() for value in values]
     while pending:
         node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            pending.extend(node.predecessors())
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        pending.extend(node.predecessors())
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                pending.extend(value.producer() for value in attribute.as_graph().outputs)
     return seen

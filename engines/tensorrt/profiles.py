@@ -22,6 +22,8 @@ _PICTURES = 8
 _CAPACITY = 2048
 # Tokens of a prompt beside its image, as far as speed goes.
 _TEXT = 64
+# Tokens of a question that image tokens are scored by.
+_QUESTION = 16
 # Longest side of an image in its own resolution, where the processor's settings do not say.
 _LONGEST_SIDE = 1024
 
@@ -119,7 +121,10 @@ def _vision_sizes(tokens: VisionTokens, longest_side: int) -> tuple[dict[str, Sp
         side = Span(cell, usual * cell, most * cell)
         return {"height": side, "width": side}, Span(1, usual**2, most**2)
     count = tokens.before or 1
-    return {"batch": Span.of(1, _PICTURES)}, Span(1, count, count)
+    sizes = {"batch": Span.of(1, _PICTURES)}
+    if tokens.question is not None:
+        sizes["text_tokens"] = Span.of(_QUESTION, tokens.question.context_length)
+    return sizes, Span(1, count, count)
 
 
 def _profile(

@@ -27,6 +27,7 @@ from qavp_export.errors import BundleError, InputError, UnavailableError
 from qavp_export.manifest import Manifest
 
 _PIXELS = "pixel_values"
+_QUESTIONS = "text_input_ids"
 
 
 class TensorRtEngine:
@@ -84,7 +85,11 @@ class TensorRtEngine:
         network = self._vision.network
         pixels = inputs[_PIXELS]
         each = network.limits(_PIXELS, 0)[1][0] if self._separable else len(pixels)
-        parts = [{**inputs, _PIXELS: pixels[start : start + each]} for start in range(0, len(pixels), each)]
+        by_picture = {name: array for name, array in inputs.items() if name in (_PIXELS, _QUESTIONS)}
+        parts = [
+            {**inputs, **{name: array[start : start + each] for name, array in by_picture.items()}}
+            for start in range(0, len(pixels), each)
+        ]
         found = [self._vision.run(part) for part in parts]
         features, indices = (
             np.concatenate([outputs[name] for outputs in found]) for name in ("image_features", "kept_indices")

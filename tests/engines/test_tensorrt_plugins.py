@@ -32,6 +32,16 @@ from qavp_export.engines.kernels.score import (
     token_sensitivity_grid,
     token_sensitivity_spec,
 )
+from qavp_export.engines.kernels.select import (
+    row_width,
+    select_dpp_spec,
+    select_grid,
+    select_maxmin_spec,
+    token_codes_grid,
+    token_codes_spec,
+    token_products_grid,
+    token_products_spec,
+)
 from qavp_export.engines.kernels.tilings import GemvTiling, matmul_tiling
 from qavp_export.engines.tensorrt.plugins import register_plugins
 from qavp_export.engines.tensorrt.plugins.linear import SHARED_BYTES, W4A4MatMul
@@ -80,12 +90,23 @@ def _mix(tokens: int) -> Case:
     return {"name": "MixTokenScore", "inputs": [["FLOAT", [-1, tokens]]] * 3, "attributes": {"alpha": 0.3}, **sizes}
 
 
+def _selection(name: str, inputs: list[list[object]], **attributes: int) -> Case:
+    sizes = {"opt": [4], "most": [64], "tokens": [3]}
+    return {"name": name, "inputs": inputs, "attributes": attributes, **sizes}
+
+
+_PRODUCTS, _SCORE = ["FLOAT", [-1, 25, 25]], ["FLOAT", [-1, 25]]
+
 CASES: dict[str, Case] = {
     "sensitivity": _sensitivity("HALF", 0),
     "sensitivity in float32": _sensitivity("FLOAT", 0),
     "sensitivity of normalized tokens": _sensitivity("BF16", 1),
     "mix": _mix(25),
     "mix of a static size": _mix(32),
+    "codes": _selection("TokenCodes", [["HALF", [-1, 25, 96]]]),
+    "products": _selection("TokenProducts", [["INT8", [-1, 25, 96]]]),
+    "dpp": _selection("SelectDpp", [_PRODUCTS, _SCORE], kept=9),
+    "maxmin": _selection("SelectMaxmin", [_PRODUCTS], kept=9),
     "quantize": _quantize("FLOAT", 0),
     "rotate and quantize": _quantize("HALF", 1),
     "decode": _matmul([1, 1], [1, 1], [1, 1]),
@@ -110,6 +131,10 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 OUTPUTS = {
     "TokenSensitivity": (["FLOAT", "FLOAT"], [[3, 25], [3, 25]]),
     "QuantizeTwoLevel": (["INT8", "FLOAT"], [[2, 9, 192], [2, 9, 1]]),
+    "TokenCodes": (["INT8"], [[3, 25, 96]]),
+    "TokenProducts": (["FLOAT"], [[3, 25, 25]]),
+    "SelectDpp": (["INT32", "INT32", "HALF"], [[3, 9], [3, 9], [3, 9, row_width(25)]]),
+    "SelectMaxmin": (["INT32", "INT32"], [[3, 9], [3, 9]]),
 }
 
 
@@ -141,6 +166,10 @@ def test_kernels_take_inputs_then_scalars_then_outputs(reports: dict[str, Report
 NAMES = {
     "sensitivity": (token_sensitivity_spec("fp16", 96, 32), ["features", "rows", "error", "outlier"]),
     "mix": (mix_token_score_spec(None, 0.5), ["error", "outlier", "semantic", "tokens", "score"]),
+    "codes": (token_codes_spec("fp16", 96), ["features", "codes"]),
+    "products": (token_products_spec(25, 96), ["codes", "products"]),
+    "dpp": (select_dpp_spec(25, 9), ["products", "score", "indices", "order", "rows"]),
+    "maxmin": (select_maxmin_spec(25, 9), ["products", "indices", "order"]),
     "quantize": (quantize_two_level_spec("fp32", 96, 32), ["x", "products", "steps"]),
     "matmul": (
         w4a4_matmul_spec(96, 70, 32, GemvTiling(2, 64, 4), "fp32"),
@@ -166,7 +195,15 @@ def test_launches_are_the_kernels_grids_and_scalars(reports: dict[str, Report]) 
     ]
     for name, scalars in (("sensitivity", [75]), ("mix", [25]), ("mix of a static size", [32]), ("quantize", [])):
         assert all(launch["scalars"] == scalars for launch in reports[name]["launches"])
-    for name, grid in (("mix", mix_token_score_grid(3)), ("quantize", quantize_two_level_grid(18))):
+    grids = {
+        "mix": mix_token_score_grid(3),
+        "codes": token_codes_grid(75),
+        "products": token_products_grid(3, 25),
+        "dpp": select_grid(3),
+        "maxmin": select_grid(3),
+        "quantize": quantize_two_level_grid(18),
+    }
+    for name, grid in grids.items():
         assert [launch["grid"] for launch in reports[name]["launches"]] == [list(grid)]
 
 

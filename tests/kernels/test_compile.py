@@ -14,6 +14,12 @@ import pytest
 from qavp_export.engines.kernels.compile import KernelSpec, compile_kernel, without_hidden_arguments
 from qavp_export.engines.kernels.quantize import quantize_two_level_spec
 from qavp_export.engines.kernels.score import mix_token_score_spec, token_sensitivity_spec
+from qavp_export.engines.kernels.select import (
+    select_dpp_spec,
+    select_maxmin_spec,
+    token_codes_spec,
+    token_products_spec,
+)
 from qavp_export.errors import UnavailableError
 from tests.kernels.assembler import ARCHITECTURES, assemble
 
@@ -22,6 +28,11 @@ SPECS = {
     "sensitivity": token_sensitivity_spec("fp16", 4096, 128),
     "sensitivity-rms-bf16": token_sensitivity_spec("bf16", 1152, 128, "rms"),
     "mix": mix_token_score_spec(576, 0.5),
+    "codes": token_codes_spec("fp32", 4096),
+    "products": token_products_spec(576, 4096),
+    "dpp": select_dpp_spec(576, 72),
+    "dpp-2880": select_dpp_spec(2880, 360),
+    "maxmin": select_maxmin_spec(2880, 360),
     "quantize": quantize_two_level_spec("fp16", 4096, 128),
     "quantize-rotated": quantize_two_level_spec("fp32", 11008, 128, rotate=True),
 }

@@ -9,6 +9,7 @@ from qavp_export.engines.tensorrt.lowering.capabilities import Capabilities
 from qavp_export.engines.tensorrt.lowering.half import HalfProducts, stored_weight
 from qavp_export.engines.tensorrt.lowering.network import HALF, LoweredNetwork
 from qavp_export.engines.tensorrt.lowering.score import lower_scores
+from qavp_export.engines.tensorrt.lowering.select import lower_selection
 from qavp_export.passes import realized_precision
 from qavp_export.passes._linear import input_of, name_of
 
@@ -22,8 +23,8 @@ def lower_vision(model: ir.Model, capabilities: Capabilities) -> LoweredNetwork:
 
     1. Linear layers, convolutions and attention operators run in FLOAT16, from float32 and to it: what is added up, and
        norms, stay float32.
-    2. All that scores and selects tokens stays float32. Where there are plugins the score is two of them; see
-       `lower_scores`.
+    2. All that scores and selects tokens stays float32. Where there are plugins the score is two of them and the
+       selection of diverse tokens three; see `lower_scores` and `lower_selection`.
 
     Args:
         model: The vision encoder; it is not changed.
@@ -45,5 +46,6 @@ def lower_vision(model: ir.Model, capabilities: Capabilities) -> LoweredNetwork:
         halves.run_in_half(node)
     if capabilities.plugins:
         lower_scores(model)
+        lower_selection(model)
     remove_unused(model)
     return LoweredNetwork(model, {node: requested.get(node, HALF) for node in expected}, expected)

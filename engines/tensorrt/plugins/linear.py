@@ -26,8 +26,9 @@ class QuantizeTwoLevel(Plugin):
     settings = MappingProxyType({"group_size": int, "rotate": int})
     outputs = ("INT8", "FLOAT")
 
-    def shapes(self, inputs: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    def shapes(self, inputs: Sequence[Sequence[Any]], settings: Mapping[str, Setting]) -> list[tuple[Any, ...]]:
         """Returns the input's shape, and that with one channel."""
+        del settings
         (x,) = inputs
         return [tuple(x), (*x[:-1], 1)]
 
@@ -55,8 +56,9 @@ class W4A4MatMul(Plugin):
     settings = MappingProxyType({"group_size": int})
     outputs = ("FLOAT",)
 
-    def shapes(self, inputs: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    def shapes(self, inputs: Sequence[Sequence[Any]], settings: Mapping[str, Setting]) -> list[tuple[Any, ...]]:
         """Returns the products' shape with the weight's output channels."""
+        del settings
         products, _, weight, *_ = inputs
         return [(*products[:-1], weight[0])]
 

@@ -131,8 +131,8 @@ class Plugin(ABC):
     outputs: ClassVar[tuple[str, ...]]
 
     @abstractmethod
-    def shapes(self, inputs: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
-        """Returns the outputs' shapes: expressions and numbers, made of the inputs' expressions."""
+    def shapes(self, inputs: Sequence[Sequence[Any]], settings: Mapping[str, Setting]) -> list[tuple[Any, ...]]:
+        """Returns the outputs' shapes: expressions and numbers, made of the inputs' expressions and the attributes."""
 
     @abstractmethod
     def tactics(self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], compiler: Compiler) -> list[int]:

@@ -13,10 +13,20 @@ import numpy as np
 from qavp_export.engines.tensorrt.plugins.linear import QuantizeTwoLevel, W4A4MatMul
 from qavp_export.engines.tensorrt.plugins.plugin import Compiler, Launch, Plugin, Setting, Tensor
 from qavp_export.engines.tensorrt.plugins.score import MixTokenScore, TokenSensitivity
+from qavp_export.engines.tensorrt.plugins.select import SelectDpp, SelectMaxmin, TokenCodes, TokenProducts
 from qavp_export.errors import UnavailableError
 from qavp_export.passes.hybrid_score import PLUGIN_NAMESPACE
 
-PLUGINS: tuple[type[Plugin], ...] = (TokenSensitivity, MixTokenScore, QuantizeTwoLevel, W4A4MatMul)
+PLUGINS: tuple[type[Plugin], ...] = (
+    TokenSensitivity,
+    MixTokenScore,
+    TokenCodes,
+    TokenProducts,
+    SelectDpp,
+    SelectMaxmin,
+    QuantizeTwoLevel,
+    W4A4MatMul,
+)
 
 _WARP = 32
 # Older Python bindings read an integer attribute in a way that NumPy 2.4 refuses.
@@ -67,8 +77,9 @@ def _register(module: Any, trt: ModuleType, plugin: Plugin, compiler: Compiler, 
     settings = list(plugin.settings.items())
     outputs = ("outputs", GenericAlias(tuple, (desc,)))
 
-    def describe(*arguments: Any, **_: Any) -> Any:
-        shapes = plugin.shapes([tuple(tensor.shape_expr) for tensor in arguments])
+    def describe(*arguments: Any, **attributes: Any) -> Any:
+        values = {name: kind(attributes[name]) for name, kind in settings}
+        shapes = plugin.shapes([tuple(tensor.shape_expr) for tensor in arguments], values)
         return tuple(
             module.from_shape_expr(shape, getattr(trt.DataType, dtype))
             for shape, dtype in zip(shapes, plugin.outputs, strict=True)

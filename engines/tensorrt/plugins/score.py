@@ -27,8 +27,9 @@ class TokenSensitivity(Plugin):
     settings = MappingProxyType({"group_size": int, "rms": int})
     outputs = ("FLOAT", "FLOAT")
 
-    def shapes(self, inputs: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    def shapes(self, inputs: Sequence[Sequence[Any]], settings: Mapping[str, Setting]) -> list[tuple[Any, ...]]:
         """Returns the features' shape without channels, twice."""
+        del settings
         (features,) = inputs
         return [tuple(features[:-1]), tuple(features[:-1])]
 
@@ -59,8 +60,9 @@ class MixTokenScore(Plugin):
     settings = MappingProxyType({"alpha": float})
     outputs = ("FLOAT",)
 
-    def shapes(self, inputs: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    def shapes(self, inputs: Sequence[Sequence[Any]], settings: Mapping[str, Setting]) -> list[tuple[Any, ...]]:
         """Returns the shape of the first input."""
+        del settings
         return [tuple(inputs[0])]
 
     def tactics(self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], compiler: Compiler) -> list[int]:
