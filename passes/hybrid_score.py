@@ -33,10 +33,12 @@ from qavp_export.passes.functions import (
 )
 from qavp_export.passes.relevance import (
     PATCH_RELEVANCE,
+    check_relevance,
     connect_relevance,
     drop_relevance,
     patch_grid,
     relevance_ports,
+    take_relevance,
 )
 
 MINIMUM_OPSET = 18
@@ -67,7 +69,8 @@ class InsertHybridScore(RewritePass):
 
     Where tokens are not the tower's patches, the graph says how relevance gets from one to the other: it has an input
     `patch_relevance [T,P]`, which the scorer's nodes replace, and an output `token_relevance [B,N]`, which is scored.
-    Both go; so do the nodes between them if the scorer reads no attention.
+    Both go; so do the nodes between them if the scorer reads no attention. The scorer `text` adds no nodes: the graph
+    itself compares its tokens with a question, and its output `token_relevance [B,N]` is scored and goes.
 
     Nothing else changes. No weight is read; weights may be without data. D must be static; batch, N and the
     attention's tokens need not be (then N has a name, and the tower no [CLS]). Any opset from 18 on will do.
@@ -76,7 +79,7 @@ class InsertHybridScore(RewritePass):
 
     Args:
         at: Name of the image features: what the projector computes, or a graph input.
-        semantic: Semantic scorer: `cls`, `received`, `norm` or `random`.
+        semantic: Semantic scorer: `cls`, `received`, `norm`, `random` or `text`.
         alpha: Weight of the semantic relevance, in [0, 1].
         group_size: Channels per simulated INT4 group; None for the largest of 128, 64, 32, 16 that fits D.
         score_input: `raw` or `rms`.
@@ -114,6 +117,8 @@ class InsertHybridScore(RewritePass):
         require_opset(model, MINIMUM_OPSET)
         require_features(model, self.at)
         require_free_name(model, SCORE)
+        if self.semantic == "text":
+            check_relevance(model)
 
     def call(self, model: ir.Model) -> RewriteResult:
         """Adds the nodes and the function."""
@@ -123,6 +128,11 @@ class InsertHybridScore(RewritePass):
         add_function(model, hybrid_token_score(plan.width, opset, self.score_input))
         if self.semantic == "norm":
             add_function(model, token_norm(plan.width, opset))
+        if self.semantic == "text":
+            insert_behind(model.graph, features, self._score(features, take_relevance(model), plan))
+            # The question may be read behind the features.
+            model.graph.sort()
+            return RewriteResult(model, modified=True, matched=1)
         builder = NodeBuilder("/prune/semantic")
         relevance = self._relevance(builder, features, plan)
         if plan.site is not None and relevance_ports(model) is not None:

@@ -33,7 +33,8 @@ class PruneVisionTokens(RewritePass):
         at: Name of the image features.
         keep: The fraction kept, in (0, 1]; give this, `tokens` or `keep_input`.
         tokens: The number kept, k.
-        semantic: Semantic scorer: `cls` (towers with a [CLS] token), `received`, `norm` or `random`.
+        semantic: Semantic scorer: `cls` (towers with a [CLS] token), `received`, `norm`, `random`, or `text`
+            (graphs that compute relevance to a question, see `InsertHybridScore`).
         alpha: Weight of the semantic relevance, in [0, 1]; 1 is semantic pruning alone.
         group_size: Channels per simulated INT4 group; None for the largest of 128, 64, 32, 16 that fits D.
         score_input: `raw` or `rms`.

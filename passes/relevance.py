@@ -2,6 +2,9 @@
 
 Such a graph is traced with one more input, `patch_relevance [T,P]` FLOAT, and one more output, `token_relevance [B,N]`:
 the spatial operations that the features go through, on one channel. The pruning passes consume both.
+
+A graph that compares its patches with a question has an input `text_input_ids [B,L]` INT64, and its `token_relevance`
+is what the scorer `text` scores.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from qavp_export.passes._infra import list_shape
 
 PATCH_RELEVANCE = "patch_relevance"
 TOKEN_RELEVANCE = "token_relevance"
+TEXT_INPUT_IDS = "text_input_ids"
 
 
 def relevance_ports(model: ir.Model) -> tuple[ir.Value, ir.Value] | None:
@@ -22,6 +26,31 @@ def relevance_ports(model: ir.Model) -> tuple[ir.Value, ir.Value] | None:
     given = [value for value in model.graph.inputs if value.name == PATCH_RELEVANCE]
     made = [value for value in model.graph.outputs if value.name == TOKEN_RELEVANCE]
     return (given[0], made[0]) if given and made else None
+
+
+def take_relevance(model: ir.Model) -> ir.Value:
+    """Removes the output `token_relevance` from the graph's signature, and returns it.
+
+    Args:
+        model: A graph whose own nodes compute it, see `check_relevance`.
+    """
+    made = next(value for value in model.graph.outputs if value.name == TOKEN_RELEVANCE)
+    model.graph.outputs.remove(made)
+    return made
+
+
+def check_relevance(model: ir.Model) -> None:
+    """Checks that a graph computes the relevance of its tokens itself.
+
+    Raises:
+        GraphError: It does not.
+    """
+    made = [value for value in model.graph.outputs if value.name == TOKEN_RELEVANCE]
+    if not made or relevance_ports(model) is not None:
+        raise GraphError(
+            f"semantic 'text' needs a graph that computes the relevance of its tokens to a question, as an output "
+            f"{TOKEN_RELEVANCE!r} [B,N]; this one does not: use 'cls', 'received' or 'norm'"
+        )
 
 
 def patch_grid(given: ir.Value) -> tuple[Dim, Dim]:

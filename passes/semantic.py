@@ -24,7 +24,7 @@ def check_scorer(scorer: str) -> None:
     """Check the name of a scorer.
 
     Raises:
-        InputError: It is none of `cls`, `received`, `norm`, `random`.
+        InputError: It is none of `cls`, `received`, `norm`, `random`, `text`.
     """
     if scorer not in get_args(Scorer):
         raise InputError(f"semantic is {scorer!r}; choose one of {list(get_args(Scorer))}")

@@ -137,10 +137,12 @@ class BundleWriter:
                 with contextlib.suppress(OSError):
                     parent.rmdir()
 
-    def copy(self, files: list[Path]) -> None:
-        """Copies files of the checkpoint (configuration, tokenizer, processor) into the bundle's top folder."""
+    def copy(self, files: list[Path], into: str = "") -> None:
+        """Copies files of a checkpoint (configuration, tokenizer, processor) into the bundle, or a folder of it."""
+        folder = self.folder / into
+        folder.mkdir(exist_ok=True)
         for file in files:
-            shutil.copyfile(file, self.folder / file.name)
+            shutil.copyfile(file, folder / file.name)
 
     def open_graph(self, component: str, model: ir.Model) -> WeightFile:
         """Opens the file of one graph; its weights may then be written in any order.

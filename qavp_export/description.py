@@ -66,6 +66,7 @@ def _vision_tokens(source: Source, settings: Settings) -> VisionTokens:
         layout_settings=_layout_settings(source),
         unit=_UNITS[layout],
         newlines=newlines if layout == "tiles" else None,
+        question=None if source.text_tower is None else source.text_tower.describe(),
     )
 
 

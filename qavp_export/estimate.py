@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 
 from qavp_export.families import Family, Plan
+from qavp_export.families.question import QuestionRelevance
 from qavp_export.parity.check import FIRST_LAYERS, WHOLE_BYTES
 from qavp_export.passes import SCHEMES
 from qavp_export.quantization import precision_of
 from qavp_export.recipe import Precision
 from qavp_export.settings import Settings
-from qavp_export.tracing import build_skeleton
+from qavp_export.tracing import build_clip_skeleton, build_skeleton
 
 # Interpreter, torch, transformers and the traced graphs (measured on the demo model).
 _BASE_BYTES = 960_000_000
@@ -61,7 +62,7 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(config: Any, family: Family, plan: Plan, settings: Settings) -> Estimate:
+def estimate(config: Any, family: Family, plan: Plan, settings: Settings, clip: Any = None) -> Estimate:
     """Estimates an export.
 
     Args:
@@ -69,8 +70,9 @@ def estimate(config: Any, family: Family, plan: Plan, settings: Settings) -> Est
         family: The model's family.
         plan: The model's sizes.
         settings: The recipe, with every choice made.
+        clip: The `CLIPConfig` of the text tower that the scorer `text` reads the question with; None: no such scorer.
     """
-    skeleton, _ = build_skeleton(config)
+    skeleton, mode = build_skeleton(config)
     stored = 4 if str(getattr(config, "dtype", None) or "float16").endswith("float32") else 2
     decoder = family.decoder(skeleton)
     quantized = 0
@@ -93,6 +95,11 @@ def estimate(config: Any, family: Family, plan: Plan, settings: Settings) -> Est
     compared = stored_bytes
     if stored_bytes > WHOLE_BYTES:
         compared -= in_layers * max(plan.num_layers - FIRST_LAYERS, 0) // plan.num_layers
+    if clip is not None:
+        tower = build_clip_skeleton(clip, mode)
+        rest += sum(p.numel() * (stored if p.dim() > 1 else 4) for p in QuestionRelevance(tower).parameters())
+        # PyTorch's side of the comparison, in float32.
+        compared += 4 * sum(p.numel() for p in tower.parameters())
     peak = _BASE_BYTES + max(_BYTES_PER_ELEMENT_IN_FLIGHT * max(sizes), compared)
     return Estimate(
         vision_tokens_before=plan.vision_tokens,

@@ -45,6 +45,23 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Question:
+    """How the vision encoder reads the question that it scores tokens by: its input `text_input_ids`.
+
+    Attributes:
+        source: The CLIP checkpoint as the user named it (a folder is given by its last component only).
+        tokenizer: Folder of CLIP's tokenizer inside the bundle.
+        context_length: Most tokens of a question; a longer one is cut.
+        eos_token_id: Ends a question, and pads it on the right where it is shorter than others of its batch.
+    """
+
+    source: str
+    tokenizer: str
+    context_length: int
+    eos_token_id: int
+
+
+@dataclass(frozen=True)
 class VisionTokens:
     """What happens to the vision tokens.
 
@@ -64,6 +81,7 @@ class VisionTokens:
             processor does not cut it up), or `tile-set`, all tiles of one image.
         newlines: Whether learned tokens that end the rows of a tile-set are `kept`, as in an unpruned sequence, or
             `dropped`; None if there are none.
+        question: How the question is read by which tokens are scored; None if none is.
     """
 
     before: int | None
@@ -77,6 +95,7 @@ class VisionTokens:
     layout_settings: dict[str, Any] = field(default_factory=dict)
     unit: str = "tile"
     newlines: str | None = None
+    question: Question | None = None
 
 
 @dataclass(frozen=True)
@@ -191,7 +210,10 @@ class Manifest:
     @classmethod
     def _from_dict(cls, data: dict[str, Any]) -> Manifest:
         fields = dict(data)
-        fields["vision_tokens"] = _section(VisionTokens, data["vision_tokens"])
+        tokens = dict(data["vision_tokens"])
+        if tokens.get("question") is not None:
+            tokens["question"] = _section(Question, tokens["question"])
+        fields["vision_tokens"] = _section(VisionTokens, tokens)
         fields["decoder"] = _section(DecoderSpec, data["decoder"])
         fields["components"] = {
             name: Component(

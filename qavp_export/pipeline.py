@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +31,14 @@ from qavp_export.passes import (
     realized_precision,
 )
 from qavp_export.quantization import Calibration, Quantization, quantize
-from qavp_export.recipe import Recipe
+from qavp_export.recipe import Recipe, check_clip
 from qavp_export.settings import Settings, settle
 from qavp_export.source import Source, open_source
-from qavp_export.tracing import PARAMETER, build_skeleton, trace_components
-from qavp_export.weights import CheckpointWeights
+from qavp_export.text_tower import TOKENIZER_FOLDER, check_tower, open_text_tower
+from qavp_export.tracing import PARAMETER, build_clip_skeleton, build_skeleton, trace_components
+from qavp_export.weights import CheckpointWeights, JoinedWeights
+
+Weights: TypeAlias = CheckpointWeights | JoinedWeights
 
 # (stage, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -55,6 +58,7 @@ def export(
     calibration_data: Path | None = None,
     targets: EngineTargets | None = None,
     resume: bool = False,
+    clip: tuple[Path, str] | None = None,
 ) -> Manifest:
     """Exports a checkpoint folder as a bundle.
 
@@ -69,6 +73,7 @@ def export(
         targets: What is built beside the engines of ONNX Runtime; None: nothing.
         resume: Go on where an interrupted export of the same kind has stopped, and leave what is finished for the next
             one if this is interrupted. The bundle is the same, byte by byte, as that of an uninterrupted export.
+        clip: Folder and name of the CLIP checkpoint that the scorer `text` needs.
 
     Returns:
         The bundle's manifest.
@@ -76,14 +81,19 @@ def export(
     Raises:
         QavpError: Bad input, an unavailable target, a failed parity check; see the subclasses.
     """
+    check_clip(recipe, given=clip is not None)
     source = open_source(folder, name)
     settings = settle(recipe, source.family, source.plan)
+    if clip is not None and settings.reads_question:
+        source = dataclasses.replace(source, text_tower=open_text_tower(*clip, source.config))
     targets = targets or EngineTargets()
     check_targets(targets, asked_precisions(recipe), source.plan.context_length, settings.tokens_kept)
     drawn = draw_prompts(recipe, calibration_data)
     identity = identify(source, settings, drawn)
     with BundleWriter(target, force=force, resume=resume, identity=identity) as writer:
         writer.copy(source.checkpoint.extra_files())
+        if source.text_tower is not None:
+            writer.copy(source.text_tower.files(), TOKENIZER_FOLDER)
         graphs, weights = trace(source, _stage(progress, "trace"))
         progress("prune", 0, 1)
         prune(graphs, settings)
@@ -128,7 +138,14 @@ def compare(
         ParityError: They differ.
     """
     exported = Exported(
-        source.checkpoint, source.family, source.plan, settings, writer.folder, manifest, quantized.layers
+        source.checkpoint,
+        source.family,
+        source.plan,
+        settings,
+        writer.folder,
+        manifest,
+        quantized.layers,
+        source.text_tower,
     )
     stage = _stage(progress, "compare with PyTorch")
     stage(0, 1)
@@ -140,8 +157,10 @@ def compare(
 
 def identify(source: Source, settings: Settings, drawn: CalibrationSet | None) -> dict[str, Any]:
     """Returns what an export can only be resumed with: checkpoint, recipe, calibration data and versions."""
+    tower = source.text_tower
     return {
         "checkpoint": source.checkpoint.fingerprint(),
+        "clip": None if tower is None else tower.checkpoint.fingerprint(),
         "recipe": settings.resolved(),
         "calibration": None if drawn is None else drawn.describe(),
         "version": versions(),
@@ -224,7 +243,7 @@ def openings(source: Source, recipe: Recipe) -> npt.NDArray[np.int64]:
     return ids
 
 
-def trace(source: Source, progress: Callable[[int, int], None]) -> tuple[dict[str, ir.Model], CheckpointWeights]:
+def trace(source: Source, progress: Callable[[int, int], None]) -> tuple[dict[str, ir.Model], Weights]:
     """Traces the three components; their initializers are lazy tensors of the checkpoint.
 
     Raises:
@@ -235,9 +254,16 @@ def trace(source: Source, progress: Callable[[int, int], None]) -> tuple[dict[st
     # What the headers tell is checked before the tracing takes its time; what is missing shows after it, because a
     # checkpoint need not hold layers that the graphs do not use.
     weights.check_stored()
-    graphs = trace_components(source.family, source.plan, skeleton, mode, weights.tensor, progress)
-    weights.check(_parameters(graphs))
-    return graphs, weights
+    joined: Weights = weights
+    clip = None
+    if source.text_tower is not None:
+        clip = build_clip_skeleton(source.text_tower.config, mode)
+        clip_weights = CheckpointWeights(source.text_tower.checkpoint, source.text_tower, clip)
+        check_tower(source.text_tower, weights, clip_weights)
+        joined = JoinedWeights(weights, clip_weights)
+    graphs = trace_components(source.family, source.plan, skeleton, mode, joined.tensor, progress, clip)
+    joined.check(_parameters(graphs))
+    return graphs, joined
 
 
 def prune(graphs: Mapping[str, ir.Model], settings: Settings) -> None:
@@ -270,7 +296,7 @@ def _parameters(graphs: Mapping[str, ir.Model]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _store_half(graph: ir.Model, weights: CheckpointWeights, rotated: Collection[str] = ()) -> None:
+def _store_half(graph: ir.Model, weights: Weights, rotated: Collection[str] = ()) -> None:
     """Stores what came in 16 bits in 16 bits, but for what was rotated: that has digits which 16 bits do not hold."""
     StoreHalf(
         {
@@ -285,7 +311,7 @@ def _with_results(
     manifest: Manifest,
     graphs: Mapping[str, ir.Model],
     quantized: Quantization,
-    weights: CheckpointWeights,
+    weights: Weights,
     drawn: CalibrationSet | None,
 ) -> Manifest:
     """Returns the manifest with what was measured while the graphs were written."""

@@ -47,7 +47,11 @@ class Recipe(BaseModel):
         description="Lowest and highest fraction that one bundle serves, in (0, 1]: k is then an input of its vision "
         "encoder; null fixes k.",
     )
-    semantic: Scorer | None = Field(default=None, description="Semantic scorer; null takes the family's default.")
+    semantic: Scorer | None = Field(
+        default=None,
+        description="Semantic scorer; null takes the family's default. text compares tokens with the question by CLIP "
+        "(CDPruner) and needs --clip.",
+    )
     alpha: float = Field(
         default=0.5,
         ge=0,
@@ -198,6 +202,21 @@ def make_recipe(preset: str, overrides: Mapping[str, Any]) -> Recipe:
             raise RecipeError(message) from error
         message = message[:1].lower() + message[1:]
         raise RecipeError(f"{field} = {shown(reprlib.repr(first['input']))} is not valid: {message}") from error
+
+
+def check_clip(recipe: Recipe, *, given: bool) -> None:
+    """Checks that a CLIP checkpoint is there if a recipe needs one, and only then.
+
+    Raises:
+        RecipeError: It is not.
+    """
+    if recipe.semantic == "text" and not given:
+        raise RecipeError(
+            "semantic 'text' needs CLIP's text tower, which the checkpoint does not hold; give --clip CHECKPOINT, the "
+            "CLIP model that the vision tower comes from"
+        )
+    if given and recipe.semantic != "text":
+        raise RecipeError("--clip is read by semantic 'text' alone; add --semantic text, or leave --clip out")
 
 
 def describe_fields() -> dict[str, dict[str, Any]]:

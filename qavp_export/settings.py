@@ -31,6 +31,11 @@ class Settings:
     tokens_kept: int | None
     pruned: bool
 
+    @property
+    def reads_question(self) -> bool:
+        """Whether the vision encoder takes the question as an input."""
+        return self.pruned and self.semantic == "text"
+
     def resolved(self) -> dict[str, Any]:
         """Returns the recipe's fields with the choices filled in, as the manifest stores them."""
         return self.recipe.model_dump() | {"semantic": self.semantic, "group_size": self.group_size}
@@ -45,8 +50,9 @@ def settle(recipe: Recipe, family: Family, plan: Plan) -> Settings:
     """
     semantic: Scorer = recipe.semantic or family.scorers[0]
     if semantic not in family.scorers:
+        reason = ", which has no CLIP tower that sees an image as one tile" if semantic == "text" else ""
         raise RecipeError(
-            f"semantic {semantic!r} is not available for {family.model_type}: use {_listed(family.scorers)}"
+            f"semantic {semantic!r} is not available for {family.model_type}{reason}: use {_listed(family.scorers)}"
         )
     if semantic == "cls" and not plan.has_cls_token:
         if recipe.semantic is not None:

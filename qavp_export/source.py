@@ -14,6 +14,7 @@ from qavp_export.checkpoint import Checkpoint
 from qavp_export.errors import BundleError, CheckpointError
 from qavp_export.families import Family, Plan, family_of
 from qavp_export.runtime.processors import load_processor
+from qavp_export.text_tower import TextTower
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Source:
         family: The model's family.
         plan: The model's sizes.
         tokenizer: The checkpoint's tokenizer.
+        text_tower: The CLIP checkpoint that the scorer `text` reads the question with; None for other scorers.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Source:
     family: Family
     plan: Plan
     tokenizer: Any
+    text_tower: TextTower | None = None
 
 
 def open_source(folder: Path, name: str) -> Source:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -11,13 +12,20 @@ from torch import nn
 
 from qavp_export.checkpoint import Checkpoint
 from qavp_export.errors import CheckpointError
-from qavp_export.families import Family
 from qavp_export.prequantized import Layout, ModuleTensors, find_layout
 from qavp_export.safetensors_index import shown
+from qavp_export.tracing.naming import CLIP
 
 _IR_DTYPES: Mapping[str, ir.DataType] = MappingProxyType(
     {"F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F32": ir.DataType.FLOAT}
 )
+
+
+class Spelling(Protocol):
+    """Knows how checkpoints spell parameter names."""
+
+    def parameter_names(self, checkpoint_names: Iterable[str]) -> dict[str, str]:
+        """Maps parameter names to the names of the checkpoint's tensors; see `Family.parameter_names`."""
 
 
 class CheckpointWeights:
@@ -27,7 +35,7 @@ class CheckpointWeights:
 
     Args:
         checkpoint: The checkpoint.
-        family: Knows how checkpoints spell parameter names.
+        family: Knows how checkpoints spell parameter names: a `Family`, or a `TextTower`.
         skeleton: The Hugging Face model; parameters that it ties share one tensor.
 
     Attributes:
@@ -38,7 +46,7 @@ class CheckpointWeights:
             claim one parameter.
     """
 
-    def __init__(self, checkpoint: Checkpoint, family: Family, skeleton: nn.Module) -> None:
+    def __init__(self, checkpoint: Checkpoint, family: Spelling, skeleton: nn.Module) -> None:
         self._checkpoint = checkpoint
         self._names = family.parameter_names(checkpoint.tensors)
         layout = find_layout(checkpoint.config)
@@ -144,3 +152,36 @@ class CheckpointWeights:
             # Renames change how a module is called, not its parts.
             modules[parameter] = ModuleTensors(self._checkpoint, source.removesuffix(f".{part}"))
         return modules
+
+
+class JoinedWeights:
+    """The weights of a model and of the CLIP that its tokens are compared with a question by.
+
+    Args:
+        model: The model's weights.
+        clip: CLIP's; the names of its parameters begin with "clip.".
+
+    Attributes:
+        prequantized: How the model's checkpoint stores quantized weights; None if all are floats.
+    """
+
+    def __init__(self, model: CheckpointWeights, clip: CheckpointWeights) -> None:
+        self._model = model
+        self._clip = clip
+        self.prequantized = model.prequantized
+
+    def check(self, parameters: Mapping[str, tuple[int, ...]]) -> None:
+        """See `CheckpointWeights.check`."""
+        for weights in (self._model, self._clip):
+            weights.check({name: shape for name, shape in parameters.items() if self._of(name) is weights})
+
+    def tensor(self, parameter: str, shape: tuple[int, ...]) -> ir.TensorProtocol:
+        """See `CheckpointWeights.tensor`."""
+        return self._of(parameter).tensor(parameter, shape)
+
+    def stored_dtype(self, parameter: str) -> ir.DataType:
+        """See `CheckpointWeights.stored_dtype`."""
+        return self._of(parameter).stored_dtype(parameter)
+
+    def _of(self, parameter: str) -> CheckpointWeights:
+        return self._clip if parameter.startswith(f"{CLIP}.") else self._model

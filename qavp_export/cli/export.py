@@ -21,6 +21,7 @@ from qavp_export.cli.options import (
     CalibrationOption,
     CalibrationSamplesOption,
     CapabilityReportOption,
+    ClipOption,
     DebugOption,
     DryRunOption,
     EngineOption,
@@ -85,6 +86,7 @@ def export_command(
     calibration_samples: CalibrationSamplesOption = None,
     size_budget: SizeBudgetOption = None,
     semantic: SemanticOption = None,
+    clip: ClipOption = None,
     alpha: AlphaOption = None,
     score_input: ScoreInputOption = None,
     select: SelectOption = None,
@@ -146,11 +148,21 @@ def export_command(
             allow_precision_fallback=allow_precision_fallback,
             capability_report=capability_report,
         )
+        text_tower = None if clip is None else _Origin(clip, None, offline)
         if dry_run:
-            _dry_run(origin, recipe, overrides, as_json)
+            _dry_run(origin, recipe, overrides, text_tower, as_json)
         else:
             _export(
-                origin, recipe, overrides, output, calibration, targets, force=force, resume=resume, as_json=as_json
+                origin,
+                recipe,
+                overrides,
+                output,
+                calibration,
+                targets,
+                text_tower,
+                force=force,
+                resume=resume,
+                as_json=as_json,
             )
 
 
@@ -258,6 +270,7 @@ def _export(
     output: Path | None,
     calibration: Path | None,
     targets: EngineTargets,
+    text_tower: _Origin | None,
     *,
     force: bool,
     resume: bool,
@@ -265,14 +278,18 @@ def _export(
 ) -> None:
     from qavp_export.bundle import check_target
     from qavp_export.cli.report import ProgressBars, print_summary, summary
-    from qavp_export.recipe import make_recipe
+    from qavp_export.recipe import check_clip, make_recipe
 
     recipe = make_recipe(preset, overrides)
+    check_clip(recipe, given=text_tower is not None)
     name = origin.name
     kept = "-".join(f"{fraction:g}" for fraction in recipe.keep_range or [recipe.keep])
     target = output or Path(f"{name.split('/')[-1]}-keep{kept}-{recipe.name}")
     check_target(target, force=force)
     folder = origin.resolve(config_only=False, progress=not as_json)
+    clip = None
+    if text_tower is not None:
+        clip = (text_tower.resolve(config_only=False, progress=not as_json), text_tower.name)
 
     from qavp_export.pipeline import export
 
@@ -288,6 +305,7 @@ def _export(
                 calibration_data=calibration,
                 targets=targets,
                 resume=resume,
+                clip=clip,
             )
     except KeyboardInterrupt:
         if resume:
@@ -300,18 +318,26 @@ def _export(
         typer.echo(f"try it: qavp-run {target} --image FILE --prompt TEXT")
 
 
-def _dry_run(origin: _Origin, preset: str, overrides: dict[str, Any], as_json: bool) -> None:
+def _dry_run(
+    origin: _Origin, preset: str, overrides: dict[str, Any], text_tower: _Origin | None, as_json: bool
+) -> None:
     from qavp_export.checkpoint import read_config
     from qavp_export.cli.report import print_estimate
     from qavp_export.estimate import estimate
-    from qavp_export.recipe import make_recipe
+    from qavp_export.recipe import check_clip, make_recipe
     from qavp_export.settings import settle
     from qavp_export.source import read_plan
+    from qavp_export.text_tower import read_clip
 
     recipe = make_recipe(preset, overrides)
+    check_clip(recipe, given=text_tower is not None)
     folder = origin.resolve(config_only=True, progress=not as_json)
     config, family, plan = read_plan(folder, read_config(folder))
-    result = estimate(config, family, plan, settle(recipe, family, plan))
+    settings = settle(recipe, family, plan)
+    clip = None
+    if text_tower is not None and settings.reads_question:
+        clip = read_clip(text_tower.resolve(config_only=True, progress=not as_json), text_tower.name, config)
+    result = estimate(config, family, plan, settings, clip)
     if as_json:
         typer.echo(json.dumps({"model": origin.name, **result.to_dict()}))
     else:

@@ -51,7 +51,14 @@ SizeBudgetOption = Annotated[
     typer.Option(help="Raise the most sensitive layers to 8 bit while the decoder grows by at most this fraction."),
 ]
 SemanticOption = Annotated[
-    str | None, typer.Option(help="Semantic scorer: cls, received, norm or random. [default: the family's]")
+    str | None, typer.Option(help="Semantic scorer: cls, received, norm, random or text. [default: the family's]")
+]
+ClipOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CHECKPOINT",
+        help="With --semantic text: the CLIP that the vision tower comes from, a folder or Hub id.",
+    ),
 ]
 AlphaOption = Annotated[
     float | None, typer.Option(help="Weight of semantic relevance against quantization sensitivity. [default: 0.5]")

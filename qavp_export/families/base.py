@@ -21,8 +21,12 @@ from torch import Tensor, nn
 from qavp_export.errors import CheckpointError
 from qavp_export.families.rotary import context_length, replace_dynamic_rotary
 from qavp_export.numerics.semantic import Scorer
+from qavp_export.passes.relevance import TEXT_INPUT_IDS
 
 Layout: TypeAlias = Literal["grid", "tiles", "native"]
+
+# The dynamic axis of a question's tokens.
+TEXT_TOKENS = "text_tokens"
 
 # Sample sizes of the axes that all families share; all differ and none is 1, so that no two are taken for the same.
 BATCH, SEQUENCE, PAST = 2, 3, 5
@@ -181,6 +185,25 @@ class Family(ABC):
             raise NotImplementedError(f"{self.model_type}: a family with its own vision inputs draws its own images")
         images: dict[str, npt.NDArray[Any]] = {given[0].name: rng.standard_normal(given[0].sample).astype(np.float32)}
         return [images if relevance is None else images | {relevance.name: np.zeros(relevance.sample, np.float32)}]
+
+    def question_input(self) -> GraphInput:
+        """Returns what a vision encoder takes that scores its tokens by a question: `text_input_ids [batch,L]` i64.
+
+        Each image has its own question, in the vocabulary of CLIP's text tower. Behind the token that ends it there may
+        be padding, of that token again: the text tower is causal and reads the first that ends the text.
+        """
+        return GraphInput(TEXT_INPUT_IDS, torch.int64, ("batch", TEXT_TOKENS), (BATCH, SEQUENCE))
+
+    def question_encoder(self, model: Any, clip: Any) -> nn.Module:
+        """Returns the vision encoder of the scorer `text`; families that list the scorer have one.
+
+        It is a module: `vision_inputs`, `question_input` -> `image_features [batch,N,D]`, `token_relevance [batch,N]`.
+
+        Args:
+            model: The Hugging Face model.
+            clip: The `CLIPModel` whose vision tower the model's is.
+        """
+        raise NotImplementedError(f"{self.model_type} has no vision encoder that reads a question")
 
     @abstractmethod
     def vision_encoder(self, model: Any) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qavp_export.errors import CheckpointError
 from qavp_export.families.base import GraphInput, Plan
 from qavp_export.families.llava import Llava, LlavaVision, selection
+from qavp_export.numerics.semantic import Scorer
 from qavp_export.runtime.tiles import count_tiles, pack_tiles
 
 # Sample sizes, different from each other.
@@ -51,6 +52,7 @@ class LlavaNext(Llava):
     model_type = "llava_next"
     description = "LLaVA-NeXT, LLaVA-1.6 (CLIP tower, tiles of any resolution, Llama / Mistral / Qwen2 decoder)"
     layout = "tiles"
+    scorers: ClassVar[tuple[Scorer, ...]] = ("cls", "received", "norm", "random")
     renames = (*Llava.renames, (r"^image_newline$", "model.image_newline"))
 
     def plan(self, config: Any) -> Plan:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from qavp_export.families.base import Family, Plan, decoder_sizes
-from qavp_export.families.llava import Llava, LlavaVision, feature_layers
+from qavp_export.families.llava import Llava, LlavaVision, QuestionVision, feature_layers
 
 
 class VipLlava(Family):
@@ -15,7 +15,7 @@ class VipLlava(Family):
 
     model_type = "vipllava"
     description = "VipLLaVA (CLIP tower read at several layers, MLP projector, Llama decoder)"
-    scorers = ("cls", "received", "norm", "random")
+    scorers = ("cls", "received", "norm", "random", "text")
     renames = Llava.renames
 
     def plan(self, config: Any) -> Plan:
@@ -36,3 +36,7 @@ class VipLlava(Family):
     def vision_encoder(self, model: Any) -> nn.Module:
         """Returns tower and projector; see `Family.vision_encoder`."""
         return LlavaVision(model.model, feature_layers(model.config), drop_first=True)
+
+    def question_encoder(self, model: Any, clip: Any) -> nn.Module:
+        """Returns tower, projector and the comparison with a question; see `Family.question_encoder`."""
+        return QuestionVision(model.model, feature_layers(model.config), True, clip)

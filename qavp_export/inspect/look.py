@@ -19,6 +19,7 @@ from qavp_export.runtime import QavpModel
 from qavp_export.runtime.layouts import Unit, choose_keep, load_layout
 from qavp_export.runtime.processors import load_processor
 from qavp_export.runtime.prompts import EncodedPrompt, PromptEncoder
+from qavp_export.runtime.question import load_question_encoder
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ def lay_out(
         QavpError: As `look`.
     """
     layout, processor = load_layout(manifest), load_processor(bundle)
-    encoder = PromptEncoder(processor, manifest.vision_tokens, layout.image_options)
+    words = load_question_encoder(bundle, manifest)
+    encoder = PromptEncoder(processor, manifest.vision_tokens, layout.image_options, words)
     encoded = _encode(encoder, image, question)
     units = layout.units(encoded, choose_keep(manifest.vision_tokens, question.keep))
     optics = _optics(bundle, manifest, processor.image_processor)

@@ -1,9 +1,10 @@
-"""Semantic relevance of vision tokens: the NumPy reference of the four scorers.
+"""Semantic relevance of vision tokens: the NumPy reference of the scorers.
 
 Each scorer returns raw relevance; `hybrid_token_score` scales it. Attention scorers recompute what they need
 from the queries and keys of one layer, with heads split and no mask.
 
 Sources: `cls`: VisionZip, FasterVLM, VisPruner. `received`: the same idea for towers without a [CLS] token.
+`text`: CDPruner (arXiv 2506.10967).
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from qavp_export.errors import InputError
 from qavp_export.numerics._checks import Float32, as_features, as_float32
 from qavp_export.numerics.score import pairwise_sum
 
-Scorer: TypeAlias = Literal["cls", "received", "norm", "random"]
+Scorer: TypeAlias = Literal["cls", "received", "norm", "random", "text"]
+
+# As torch.nn.functional.normalize.
+_SHORTEST = 1e-12
 
 
 def cls_relevance(q: npt.NDArray[Any], k: npt.NDArray[Any], scale: float | None = None) -> Float32:
@@ -94,6 +98,39 @@ def random_relevance(seed: int, n_tokens: int) -> Float32:
         raise InputError(f"seed is {seed} and n_tokens {n_tokens}; expected seed >= 0 and n_tokens >= 1")
     # A named bit generator: NumPy may change what default_rng draws.
     return np.random.Generator(np.random.PCG64(seed)).random(n_tokens, dtype=np.float32)
+
+
+def text_relevance(image_embeds: npt.NDArray[Any], text_embeds: npt.NDArray[Any]) -> Float32:
+    """Relevance of patches to a question: the cosine of their CLIP embeddings, negated.
+
+    The sign is CDPruner's, and deliberate: CLIP trains [CLS] alone to lie near the text. Its patch tokens do not, and
+    those that show what the text names lie farther from it than the background does.
+
+    Args:
+        image_embeds: Patch tokens in CLIP's joint space, shape [B, N, P], floating point.
+        text_embeds: One question for each image in the same space, shape [B, P], floating point.
+
+    Returns:
+        Shape [B, N], float32 in [-1, 1]; 0 where an embedding is zero.
+
+    Raises:
+        InputError: Bad shape or dtype; NaN or infinity.
+    """
+    patches, texts = as_float32("image_embeds", image_embeds, 3), as_float32("text_embeds", text_embeds, 2)
+    if (patches.shape[0], patches.shape[2]) != texts.shape:
+        raise InputError(
+            f"image_embeds has shape {list(patches.shape)} and text_embeds {list(texts.shape)}; expected [B, N, P] and "
+            "[B, P]"
+        )
+    cosines: Float32 = (_unit(patches) * _unit(texts)[:, np.newaxis]).sum(axis=-1, dtype=np.float32)
+    return -cosines
+
+
+def _unit(vectors: Float32) -> Float32:
+    """Scales the last axis to length 1; a zero vector stays zero."""
+    lengths = np.sqrt((vectors * vectors).sum(axis=-1, keepdims=True, dtype=np.float32))
+    unit: Float32 = vectors / np.maximum(lengths, np.float32(_SHORTEST))
+    return unit
 
 
 def _queries_and_keys(q: npt.NDArray[Any], k: npt.NDArray[Any], prefix_tokens: int) -> tuple[Float32, Float32]:

@@ -17,6 +17,7 @@ from qavp_export.parity.decoders import PLAIN, Comparison, Exported, compare_com
 from qavp_export.parity.layers import Agreement
 from qavp_export.parity.loading import drop_vision, has_module, load_reference
 from qavp_export.parity.nvfp4 import ReadWeight, check_nvfp4_weights
+from qavp_export.parity.question import QuestionReference
 from qavp_export.parity.truncated import truncated_decoder
 from qavp_export.parity.vision import VisionReference
 from qavp_export.passes import NVFP4
@@ -156,10 +157,13 @@ class _Vision:
 
 def _compare_vision(exported: Exported, model: Any) -> _Vision:
     """Compares the vision encoder; the model's is gone afterwards."""
-    reference = VisionReference(model, exported.family, exported.plan, exported.settings)
+    question = None if exported.text_tower is None else QuestionReference.load(exported.text_tower)
+    reference = VisionReference(model, exported.family, exported.plan, exported.settings, question)
     draws = [(arguments, reference.select(arguments)) for arguments in reference.draw(exported.settings.recipe.seed)]
     # One after the other: each takes about the memory of the whole tower.
     drop_vision(model, exported.family)
+    if question is not None:
+        question.drop()
     release_memory()
     encoders = OrtEncoders(exported.bundle, exported.manifest, PLAIN)
     features, expected, same_tokens = [], [], []

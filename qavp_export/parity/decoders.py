@@ -26,6 +26,7 @@ from qavp_export.parity.reference import DecoderReference
 from qavp_export.parity.tapped import prefill_feeds, run_decoder
 from qavp_export.parity.weights import WeightComparison
 from qavp_export.settings import Settings
+from qavp_export.text_tower import TextTower
 
 # The arithmetic as it is written.
 PLAIN = EngineOptions(graph_optimization="disable")
@@ -45,6 +46,7 @@ class Exported:
         bundle: The folder that holds the graphs.
         manifest: The bundle's manifest, `parity` not yet filled in.
         layers: The decoder's linear layers.
+        text_tower: The CLIP checkpoint that the question is read with; None if none is read.
     """
 
     checkpoint: Checkpoint
@@ -54,6 +56,7 @@ class Exported:
     bundle: Path
     manifest: Manifest
     layers: list[DecoderLayer]
+    text_tower: TextTower | None = None
 
     @property
     def decoder(self) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
@@ -53,6 +53,27 @@ def load_reference(folder: Path, layers: Collection[str], decoder_layers: int | 
             )
     _to_float(model, layers)
     return model.eval()
+
+
+def load_clip(folder: Path) -> nn.Module:
+    """Loads a `CLIPModel` in evaluation mode and float32, without what nothing reads: the layers of its vision tower.
+
+    Args:
+        folder: The checkpoint folder.
+    """
+    auto: Any = AutoModel
+    with _quiet():
+        model = auto.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    model.vision_model.encoder = nn.Identity()
+    clip: nn.Module = model.eval()
+    return clip
 
 
 def load_streamed(

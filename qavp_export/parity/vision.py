@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from qavp_export.families import Family, Plan
 from qavp_export.numerics.score import hybrid_token_score
 from qavp_export.numerics.select import select_tokens, tokens_to_keep
 from qavp_export.numerics.semantic import norm_relevance, random_relevance
-from qavp_export.passes.relevance import PATCH_RELEVANCE
+from qavp_export.parity.question import QuestionReference
+from qavp_export.passes.relevance import PATCH_RELEVANCE, TEXT_INPUT_IDS
 from qavp_export.passes.select_gather import KEEP_TOKENS
 from qavp_export.passes.semantic import ATTENTION_SCORERS
 from qavp_export.settings import Settings
@@ -55,10 +56,15 @@ class VisionReference:
         family: The model's family.
         plan: The model's sizes.
         settings: The recipe, with every choice made.
+        question: The reference of the scorer `text`; None for other scorers.
     """
 
-    def __init__(self, model: Any, family: Family, plan: Plan, settings: Settings) -> None:
-        self._module = family.vision_encoder(model).eval()
+    def __init__(
+        self, model: Any, family: Family, plan: Plan, settings: Settings, question: QuestionReference | None = None
+    ) -> None:
+        self._question = question
+        encoder = family.vision_encoder(model) if question is None else family.question_encoder(model, question.clip)
+        self._module = encoder.eval()
         self._config = model.config
         self._family = family
         self._plan = plan
@@ -67,7 +73,11 @@ class VisionReference:
     def draw(self, seed: int) -> list[dict[str, npt.NDArray[Any]]]:
         """Returns the vision module's arguments by name for random images, call by call; all units have the same N."""
         rng = np.random.default_rng(seed)
-        return self._family.random_images(self._config, self._plan, rng, pruned=self._settings.pruned)
+        calls = self._family.random_images(self._config, self._plan, rng, pruned=self._settings.pruned)
+        if self._question is None:
+            return calls
+        # One for each image.
+        return [call | {TEXT_INPUT_IDS: self._question.draw(rng, len(next(iter(call.values()))))} for call in calls]
 
     def feeds(self, arguments: Arguments, selection: Selection) -> dict[str, npt.NDArray[Any]]:
         """Returns the graph's inputs for the vision module's arguments."""
@@ -88,14 +98,16 @@ class VisionReference:
         tensors = {name: torch.from_numpy(value) for name, value in arguments.items()}
         settings, recipe = self._settings, self._settings.recipe
         attended = settings.pruned and settings.semantic in ATTENTION_SCORERS
-        features, relevance = self._watch(tensors) if attended else (_features(self._run(tensors)).numpy(), None)
+        compared: list[FloatArray] = []
+        with nullcontext() if self._question is None else self._question.relevance(compared):
+            features, relevance = self._watch(tensors) if attended else (_features(self._run(tensors)).numpy(), None)
         count = features.shape[1]
         if not settings.pruned:
             everything = np.broadcast_to(np.arange(count), features.shape[:2])
             return Selection(everything, np.zeros(features.shape[:2], np.float32), features)
         scores = hybrid_token_score(
             features,
-            self._semantic(tensors, features, relevance),
+            compared[0] if compared else self._semantic(tensors, features, relevance),
             group_size=settings.group_size,
             alpha=recipe.alpha,
             score_input=recipe.score_input,

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from qavp_export.engines import FloatArray, IntArray
-from qavp_export.errors import BundleError, ImageError, InputError
+from qavp_export.errors import BundleError, ImageError, InputError, PromptError
 from qavp_export.manifest import Manifest, VisionTokens
 from qavp_export.numerics.select import tokens_to_keep
 from qavp_export.runtime.prompts import EncodedPrompt
+from qavp_export.runtime.question import TEXT_INPUT_IDS, pad_questions
 from qavp_export.runtime.tiles import pack_tiles
 
 Array = npt.NDArray[Any]
@@ -29,11 +30,12 @@ class Unit:
 
     Attributes:
         pixel_values: `[3,H,W]`, or `[tiles,3,H,W]` where the tiles of an image are one unit.
-        inputs: What the vision encoder takes for this unit beyond its pixels and `keep_tokens`.
+        inputs: What the vision encoder takes for this unit beyond its pixels, its question and `keep_tokens`.
         span: Its placeholders in the unpruned prompt.
         candidates: Which of these each of its N tokens belongs to, ascending `[N]`.
         kept: How many of the tokens survive (k).
         columns: Tokens of each row where the prompt has a token between rows; None elsewhere.
+        question: The question of its prompt in CLIP's tokens `[L]`, where the vision encoder reads it.
     """
 
     pixel_values: Array
@@ -42,6 +44,7 @@ class Unit:
     candidates: IntArray
     kept: int
     columns: int | None = None
+    question: IntArray | None = None
 
 
 class Layout(ABC):
@@ -141,13 +144,18 @@ class GridLayout(Layout):
 
     def split(self, prompt: EncodedPrompt, keep: float) -> Iterator[Unit]:
         """See `Layout.split`."""
+        if self.tokens.question is not None and prompt.question is None:
+            raise PromptError(
+                "the bundle selects image tokens by the question, which token ids do not tell; give QavpModel the "
+                "prompt as text"
+            )
         tiles = list(_arrays(prompt.images["pixel_values"], 3))
         count = len(self._candidates)
         kept = self.kept(count, keep)
         all_images = ", ".join(prompt.labels)
         for index, pixels in enumerate(tiles):
             label = prompt.labels[index] if len(tiles) == len(prompt.labels) else all_images
-            yield Unit(self.check(pixels, label), {}, count, self._candidates, kept)
+            yield Unit(self.check(pixels, label), {}, count, self._candidates, kept, question=prompt.question)
 
     def calls(self, units: Sequence[Unit]) -> Iterator[dict[str, Array]]:
         """See `Layout.calls`; a single call."""
@@ -155,7 +163,14 @@ class GridLayout(Layout):
             pixels: FloatArray = np.empty((len(units), *units[0].pixel_values.shape), np.float32)
             for index, unit in enumerate(units):
                 pixels[index] = unit.pixel_values
-            yield {"pixel_values": pixels, **self.budget(units[0])}
+            yield {"pixel_values": pixels, **self._questions(units), **self.budget(units[0])}
+
+    def _questions(self, units: Sequence[Unit]) -> dict[str, Array]:
+        """Returns `text_input_ids [I,L]` if the graph takes them: each image has its prompt's question."""
+        found = [unit.question for unit in units if unit.question is not None]
+        if self.tokens.question is None or not found:
+            return {}
+        return {TEXT_INPUT_IDS: pad_questions(found, self.tokens.question.eos_token_id)}
 
 
 class TilesLayout(Layout):

@@ -14,6 +14,7 @@ from qavp_export.runtime.images import ImageSource
 from qavp_export.runtime.layouts import Unit, choose_keep, load_layout
 from qavp_export.runtime.processors import load_processor
 from qavp_export.runtime.prompts import EncodedPrompt, PromptEncoder
+from qavp_export.runtime.question import load_question_encoder
 
 
 class Preparer:
@@ -36,7 +37,8 @@ class Preparer:
         self._layout = load_layout(manifest)
         processor = load_processor(bundle)
         self.tokenizer = processor.tokenizer
-        self._encoder = PromptEncoder(processor, manifest.vision_tokens, self._layout.image_options)
+        question = load_question_encoder(bundle, manifest)
+        self._encoder = PromptEncoder(processor, manifest.vision_tokens, self._layout.image_options, question)
         self.has_chat_template = self._encoder.chat_template is not None
         self.image_token = self._encoder.image_token
 

@@ -34,13 +34,24 @@ def load_processor(folder: Path) -> Any:
     # Imported here: it takes most of a second, which `import qavp_export` should not.
     transformers: Any = importlib.import_module("transformers")
     local = {"local_files_only": True, "trust_remote_code": False}
-    tokenizer = _load(folder, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(folder, **local))
+    tokenizer = load_tokenizer(folder)
     images = _load(
         folder,
         "image processor",
         lambda: transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **local),
     )
     return _load(folder, "processor", lambda: _assemble(folder, tokenizer, images))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Loads a tokenizer alone, as `load_processor` does.
+
+    Raises:
+        BundleError: Files are missing or corrupt.
+    """
+    auto: Any = importlib.import_module("transformers").AutoTokenizer
+    local = {"local_files_only": True, "trust_remote_code": False}
+    return _load(folder, "tokenizer", lambda: auto.from_pretrained(folder, **local))
 
 
 def _load(folder: Path, what: str, load: Callable[[], Any]) -> Any:

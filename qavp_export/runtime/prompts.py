@@ -13,6 +13,7 @@ from qavp_export.engines import IntArray
 from qavp_export.errors import BundleError, ImageError, PromptError, UnavailableError
 from qavp_export.manifest import VisionTokens
 from qavp_export.runtime.images import ImageSource, describe_source, load_image, one_line
+from qavp_export.runtime.question import QuestionEncoder
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class EncodedPrompt:
         input_ids: Token ids `[S]` of the unpruned prompt: as many placeholders as its images have tokens.
         images: What the processor says of the images, among it `pixel_values`; empty without images.
         labels: What error messages call each image.
+        question: The prompt's text in CLIP's tokens `[L]`, where the vision encoder reads it; None elsewhere.
     """
 
     input_ids: IntArray
     images: Mapping[str, Any]
     labels: tuple[str, ...]
+    question: IntArray | None = None
 
 
 class PromptEncoder:
@@ -37,6 +40,7 @@ class PromptEncoder:
         processor: A transformers processor.
         tokens: The manifest's vision tokens.
         image_options: What the image processor is told beyond its settings.
+        question: What tokenizes the question for the vision encoder; None where that reads none.
 
     Attributes:
         chat_template: The checkpoint's chat template, None if it has none.
@@ -44,7 +48,14 @@ class PromptEncoder:
             not the placeholder that the embedding replaces.
     """
 
-    def __init__(self, processor: Any, tokens: VisionTokens, image_options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        tokens: VisionTokens,
+        image_options: Mapping[str, Any],
+        question: QuestionEncoder | None = None,
+    ) -> None:
+        self._question = question
         self._processor = processor
         self._tokenizer = processor.tokenizer
         self._image_options = dict(image_options)
@@ -89,7 +100,14 @@ class PromptEncoder:
         (ids,) = outputs.pop("input_ids")
         if not ids:
             raise PromptError("the prompt is empty; write a question")
-        return EncodedPrompt(np.array(ids, dtype=np.int64), outputs, labels)
+        question = None if self._question is None else self._question.encode(self._plain(prompt))
+        return EncodedPrompt(np.array(ids, dtype=np.int64), outputs, labels, question)
+
+    def _plain(self, prompt: str) -> str:
+        """Returns the words of a prompt, which without the chat template may hold image tokens."""
+        for token in self._reserved:
+            prompt = prompt.replace(token, " ")
+        return " ".join(prompt.split())
 
     def _process(self, text: str, images: list[Image.Image], labels: Sequence[str]) -> dict[str, Any]:
         # As transformers' processors do: a template that already starts with the BOS text gets no second one.

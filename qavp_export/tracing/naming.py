@@ -9,6 +9,8 @@ import onnx_ir as ir
 
 # Metadata key of an initializer that stands for a parameter: the parameter's name in the Hugging Face model.
 PARAMETER = "qavp.parameter"
+# What stands before the names of CLIP's parameters, beside those of the model.
+CLIP = "clip"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 # Names of the ecosystem (ONNX Runtime GenAI): /model/layers.0/attn/q_proj/MatMul
 _RENAMES = {"self_attn": "attn"}

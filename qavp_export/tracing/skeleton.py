@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
 
 
@@ -29,7 +29,9 @@ def _fake_parameters(mode: FakeTensorMode) -> Iterator[None]:
 
     nn.Module.register_parameter = register_fake  # type: ignore[method-assign]
     try:
-        yield
+        # Initialisers draw and test random numbers, which parameters without data do not have; they also tie.
+        with no_init_weights():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
@@ -46,8 +48,23 @@ def build_skeleton(config: Any) -> tuple[nn.Module, FakeTensorMode]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     # A copy: building a model writes its dtype into the configuration.
     auto: Any = AutoModelForImageTextToText
-    # Initialisers draw and test random numbers, which parameters without data do not have; they also tie.
-    with _fake_parameters(mode), no_init_weights():
+    with _fake_parameters(mode):
         model = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
     model.tie_weights()
     return model.eval(), mode
+
+
+def build_clip_skeleton(config: Any, mode: FakeTensorMode) -> nn.Module:
+    """Builds the `CLIPModel` that `config` describes, in float32, without allocating its weights.
+
+    Args:
+        config: A `CLIPConfig`.
+        mode: The fake tensor mode of the parameters, that of the model that CLIP is traced with.
+
+    Returns:
+        The model in evaluation mode.
+    """
+    auto: Any = AutoModel
+    with _fake_parameters(mode):
+        model: nn.Module = auto.from_config(copy.deepcopy(config), dtype=torch.float32)
+    return model.eval()

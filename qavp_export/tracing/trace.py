@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qavp_export.families.base import BATCH, PAST, SEQUENCE, Family, GraphInput, Plan
 from qavp_export.passes.relevance import TOKEN_RELEVANCE
-from qavp_export.tracing.naming import PARAMETER, ReadableNames
+from qavp_export.tracing.naming import CLIP, PARAMETER, ReadableNames
 
 # Opset 24 makes the exporter decompose RMSNorm and RoPE.
 OPSET = 23
@@ -46,6 +46,7 @@ def trace_components(
     mode: FakeTensorMode,
     weights: WeightSource,
     progress: Callable[[int, int], None],
+    clip: nn.Module | None = None,
 ) -> dict[str, ir.Model]:
     """Traces vision encoder, embedding and decoder.
 
@@ -56,17 +57,22 @@ def trace_components(
         mode: The fake tensor mode of the model's parameters.
         weights: Gives the tensor that a parameter's name and shape stand for; a lazy one is not evaluated here.
         progress: Called with the number of components traced, and how many there are.
+        clip: For the scorer `text`, what `build_clip_skeleton` returned in the same mode: the vision encoder then has
+            the input `text_input_ids`. The names of its parameters begin with "clip.".
 
     Returns:
         The graphs by component name, opset 23. Parameters are initializers that carry the parameter's name in
         `metadata_props[PARAMETER]`. Batch, sequence and past are dynamic; what of the images is, the family says.
         Where tokens are not the tower's patches, the vision encoder has the input `patch_relevance` and the output
-        `token_relevance`, which the pruning passes consume (`Family.relevance_input`).
+        `token_relevance`, which the pruning passes consume (`Family.relevance_input`); with `clip` it has that output.
     """
     modules = {id(module): name for name, module in model.named_modules()}
+    if clip is not None:
+        modules |= {id(module): name for name, module in clip.named_modules(prefix=CLIP)}
     with mode:
+        vision = family.vision_encoder(model) if clip is None else family.question_encoder(model, clip)
         requests = {
-            "vision_encoder": _vision_request(family, family.vision_encoder(model), plan),
+            "vision_encoder": _vision_request(family, vision, plan, reads_question=clip is not None),
             "embedding": _embedding_request(family.embedding(model), plan),
             "decoder": _decoder_request(family.decoder(model), plan, family.decoder_inputs(plan)),
         }
@@ -77,8 +83,8 @@ def trace_components(
     return graphs
 
 
-def _vision_request(family: Family, module: nn.Module, plan: Plan) -> _Request:
-    relevance = family.relevance_input(plan)
+def _vision_request(family: Family, module: nn.Module, plan: Plan, *, reads_question: bool = False) -> _Request:
+    relevance = family.question_input() if reads_question else family.relevance_input(plan)
     given = (*family.vision_inputs(plan), *([] if relevance is None else [relevance]))
     images: int | str = "batch" if family.layout == "grid" else 1
     tokens: int | str = "tokens" if plan.vision_tokens is None else plan.vision_tokens

@@ -329,7 +329,7 @@ def test_list_recipes_documents_every_field(capfd: pytest.CaptureFixture[str]) -
 def test_list_models_and_version(capfd: pytest.CaptureFixture[str]) -> None:
     assert _run("--list-models", "--json") == 0
     listed = json.loads(capfd.readouterr().out)
-    assert listed["families"]["llava"]["scorers"] == ["cls", "received", "norm", "random"]
+    assert listed["families"]["llava"]["scorers"] == ["cls", "received", "norm", "random", "text"]
     assert listed["short_names"]["llava-1.5-7b"] == "llava-hf/llava-1.5-7b-hf"
     assert _run("--list-models") == 0
     assert "llava-1.5-13b" in capfd.readouterr().out

@@ -124,7 +124,10 @@ def test_a_bundle_without_engines(plain: Path) -> None:
 def test_without_the_package(install: Install, monkeypatch: pytest.MonkeyPatch, flavour: str, module: str) -> None:
     fake = install(flavour)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UnavailableError, match=f"{module} cannot be imported .*; install {flavour}-cu13$"):
+    with pytest.raises(
+        UnavailableError,
+        match=rf"{module} cannot be imported .*; pip install 'qavp-export\[{flavour.removeprefix('tensorrt-')}\]'$",
+    ):
         fake.open(flavour)
 
 

@@ -23,11 +23,11 @@ def traced_once() -> Iterator[Callable[..., Graphs]]:
     cache: dict[str, Graphs] = {}
 
     def trace(
-        family: Any, plan: Any, model: Any, mode: Any, weights: WeightSource, progress: Any
+        family: Any, plan: Any, model: Any, mode: Any, weights: WeightSource, progress: Any, clip: Any = None
     ) -> dict[str, ir.Model]:
-        key = repr(model.config.to_dict())
+        key = repr([model.config.to_dict(), None if clip is None else clip.config.to_dict()])
         if key not in cache:
-            cache[key] = original(family, plan, model, mode, weights, progress)
+            cache[key] = original(family, plan, model, mode, weights, progress, clip)
         graphs = {name: graph.clone() for name, graph in cache[key].items()}
         for graph in graphs.values():
             for value in graph.graph.initializers.values():

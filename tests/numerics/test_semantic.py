@@ -14,6 +14,7 @@ from qavp_export.numerics.semantic import (
     norm_relevance,
     random_relevance,
     received_relevance,
+    text_relevance,
 )
 
 # One head of size 1, so logits are q * k. exp(ln 3) = 3: q = 1 has the row [1, 3, 1] / 5, q = 0 a uniform one.
@@ -84,3 +85,24 @@ def test_bad_input_is_refused() -> None:
         cls_relevance(q, k * np.nan)
     with pytest.raises(InputError, match="seed is -1"):
         random_relevance(-1, 4)
+
+
+def test_text_by_hand() -> None:
+    # Lengths do not count; along the text: cosine 1; at right angles: 0; 3-4-5: 3 / 5; against it: -1; zero: 0.
+    patches = np.array([[[2, 0], [0, 7], [3, 4], [-5, 0], [0, 0]]], np.float32)
+    text = np.array([[0.5, 0]], np.float32)
+    np.testing.assert_allclose(text_relevance(patches, text), [[-1, 0, -0.6, 1, 0]], atol=1e-7)
+
+
+def test_text_equals_torch_and_every_image_has_its_own_question() -> None:
+    rng = np.random.default_rng(4)
+    patches, texts = rng.standard_normal((3, 7, 20)).astype(np.float32), rng.standard_normal((3, 20)).astype(np.float32)
+    expected = -torch.cosine_similarity(torch.tensor(patches), torch.tensor(texts)[:, None], dim=-1).numpy()
+    # float32 sums of 20 products, in another order.
+    np.testing.assert_allclose(text_relevance(patches, texts), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 19), (2, 20)])
+def test_text_of_another_shape_is_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match=r"image_embeds has shape \[3, 7, 20\] and text_embeds"):
+        text_relevance(np.ones((3, 7, 20), np.float32), np.ones(shape, np.float32))

@@ -26,5 +26,5 @@ def test_generates_with_only_the_runtimes_distributions(bundle, tmp_path, pictur
 
     allowed = ("qavp_export.runtime", "qavp_export.engines")
     others = {name for name in report.own if not name.startswith(allowed)}
-    numerics = {"qavp_export.numerics", "qavp_export.numerics.select", "qavp_export.numerics._checks"}
+    numerics = {f"qavp_export.numerics{name}" for name in ("", ".select", ".diverse", ".score", "._checks")}
     assert others == {"qavp_export", "qavp_export.errors", "qavp_export.manifest", *numerics}

@@ -18,7 +18,9 @@ from qavp_export.engines.ort.lowering.half import HALF, widen_halves
 from qavp_export.engines.ort.lowering.linear import replace_by_product
 from qavp_export.engines.ort.lowering.selection import lower_selection
 from qavp_export.engines.ort.lowering.weights import Lowered, WeightPlans
+from qavp_export.passes._infra import upstream
 from qavp_export.passes._linear import input_of, name_of
+from qavp_export.passes.functions import DOMAIN, HYBRID_TOKEN_SCORE
 
 VisionPrecision = Literal["w8a8", "fp32"]
 
@@ -34,7 +36,8 @@ def lower_vision(model: ir.Model, vision: VisionPrecision, capabilities: Capabil
     1. `w8a8`: a linear layer becomes one product of 8-bit integers. Its weights are rounded when the engine loads, one
        scale for each output channel; its input is rounded at run time, one scale for each token, once for all layers
        that read it. Biases are added in float. A layer whose weight is no matrix in the bundle's files, or whose input
-       has no static width, stays float; so do the patch embedding (a Conv), attention, and all that scores tokens.
+       has no static width, stays float; so do the patch embedding (a Conv), attention, and all that scores tokens, with
+       CLIP's text tower.
     2. Attention of heads that are views of one value reads that value, without transposing it.
     3. Weights that are stored in 16 bits are widened when the engine loads instead of in the graph.
     4. Diverse tokens are chosen by products of 8-bit integers on the CPU; see `lower_selection`.
@@ -79,7 +82,10 @@ def _round_linears(graph: ir.Graph, capabilities: Capabilities, plans: WeightPla
     precision = {}
     quantizers = ActivationQuantizers(graph, capabilities)
     form = "unsigned_rounded" if capabilities.weights == ir.DataType.UINT8 else "rounded"
+    scoring = _only_scores(graph)
     for layer in list(_float_linears(graph)):
+        if layer.node in scoring:
+            continue
         inputs, outputs = layer.sizes
         activation = Activation(input_of(layer.node, 0), inputs, _LARGEST_CODE, two_level=False)
         product = quantizers.products(activation, layer.node)
@@ -89,6 +95,12 @@ def _round_linears(graph: ir.Graph, capabilities: Capabilities, plans: WeightPla
         replace_by_product(graph, layer.node, product, weight, scales, capabilities)
         precision[name_of(layer.node)] = "w8a8"
     return precision
+
+
+def _only_scores(graph: ir.Graph) -> set[ir.Node]:
+    """Returns the nodes that a score depends on and the scored features do not."""
+    scores = [node for node in graph if node.op_type == HYBRID_TOKEN_SCORE and node.domain == DOMAIN]
+    return {node for score in scores for node in upstream(input_of(score, 1)) - upstream(input_of(score, 0))}
 
 
 def _float_linears(graph: ir.Graph) -> Iterator[_FloatLinear]:
