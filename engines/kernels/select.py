@@ -1,9 +1,9 @@
 """Selection of diverse tokens on GPUs (`numerics/diverse.py`) in three launches; indices are the reference's.
 
 `token_codes` rounds tokens to 8-bit codes, `token_products` multiplies them, and one program for each image then
-chooses: `select_dpp` or `select_maxmin`. One launch for all of it would be one program for each image: one
-multiprocessor reads codes, and multiplies, some fifty times slower than the GPU does. What chooses needs one row of
-products for each step, and its steps follow one another.
+chooses: `select_dpp` or `select_maxmin`. One launch for all of it would be one program for each image, whose one
+multiprocessor would read and multiply everything. What chooses needs one row of products for each step, and its steps
+follow one another.
 
 Products of codes are integers that float32 holds, and so are the sums of products of Cholesky rows, in any order; the
 rest is the reference's float32 arithmetic, operation for operation.
