@@ -59,7 +59,7 @@ def _store(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
     shared: ir.Value | None = None
     for node, index in users:
         if node.op_type == "Gather" and index == 0:
-            node.outputs[0].dtype = dtype
+            node.outputs[0].type = ir.TensorType(dtype)  # clones share the one that is there
             _cast_after(graph, node)
             continue
         if shared is None:
@@ -83,6 +83,6 @@ def _cast_after(graph: ir.Graph, node: ir.Node) -> None:
 def _cast(name: str, value: ir.Value) -> ir.Node:
     node = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=name)
     node.outputs[0].name = name
-    node.outputs[0].dtype = ir.DataType.FLOAT
+    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     node.outputs[0].shape = value.shape
     return node

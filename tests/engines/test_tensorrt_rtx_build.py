@@ -180,7 +180,7 @@ REFUSED = {
     "fp4 before Blackwell": (("--format", "nvfp4", "--engine", "tensorrt-rtx", "--sm", "89"), 3, "nvfp4 needs a GPU"),
     "fp4 on one of two": (("--format", "nvfp4", "--engine", "tensorrt-rtx", "--sm", "120,86"), 3, "not 8.6; choose"),
     "Hopper": (("--engine", "tensorrt-rtx", "--sm", "90"), 3, "does not build this for --sm 90"),
-    "no GPU": (("--engine", "tensorrt"), 3, "--engine tensorrt"),
+    "no GPU": (("--engine", "tensorrt"), 3, "engine 'tensorrt' is not available here"),
     "no capability": (("--engine", "tensorrt-rtx"), 2, "--sm goes with --engine tensorrt-rtx"),
     "capability alone": (("--sm", "89"), 2, "--sm goes with --engine tensorrt-rtx"),
     "a word": (("--engine", "tensorrt-rtx", "--sm", "ada"), 2, "is no compute capability"),
