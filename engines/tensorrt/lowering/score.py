@@ -11,10 +11,11 @@ from qavp_export.engines.tensorrt.functions import (
     TOKEN_SENSITIVITY,
     split_hybrid_score,
 )
-from qavp_export.errors import GraphError, InputError
+from qavp_export.engines.tensorrt.lowering.cut import cut_nodes
+from qavp_export.errors import InputError
 from qavp_export.numerics.score import ScoreInput
 from qavp_export.passes._builder import Dim, NodeBuilder
-from qavp_export.passes._infra import Refusal, RewriteResult
+from qavp_export.passes._infra import RewriteResult
 from qavp_export.passes._linear import input_of, name_of
 from qavp_export.passes.functions import DOMAIN, HYBRID_TOKEN_SCORE, add_function
 
@@ -37,15 +38,7 @@ def lower_scores(model: ir.Model) -> RewriteResult:
     Raises:
         GraphError: A node's function is not in the model, or is of another version.
     """
-    matched, refused = 0, []
-    for node in [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, HYBRID_TOKEN_SCORE)]:
-        reason = _why_not(node)
-        if reason is None:
-            _cut(model, node)
-            matched += 1
-        else:
-            refused.append(Refusal(name_of(node), reason))
-    return RewriteResult(model, modified=matched > 0, matched=matched, refused=refused)
+    return cut_nodes(model, HYBRID_TOKEN_SCORE, _why_not, _cut)
 
 
 def _why_not(node: ir.Node) -> str | None:
@@ -69,10 +62,7 @@ def _is_rms(node: ir.Node) -> bool:
     return node.attributes["score_input"].as_string() == "rms"
 
 
-def _cut(model: ir.Model, node: ir.Node) -> None:
-    function = model.functions.get(node.op_identifier())
-    if function is None:
-        raise GraphError(f"the function of {name_of(node)} is not in the model")
+def _cut(model: ir.Model, node: ir.Node, function: ir.Function) -> None:
     for part in split_hybrid_score(function):
         add_function(model, part)
     features, semantic = input_of(node, 0), input_of(node, 1)

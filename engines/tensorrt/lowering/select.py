@@ -13,10 +13,11 @@ from qavp_export.engines.tensorrt.functions import (
     TOKEN_PRODUCTS,
     split_select_diverse,
 )
-from qavp_export.errors import GraphError, InputError
+from qavp_export.engines.tensorrt.lowering.cut import cut_nodes
+from qavp_export.errors import InputError
 from qavp_export.numerics.diverse import Diversity
 from qavp_export.passes._builder import Dim, NodeBuilder
-from qavp_export.passes._infra import Refusal, RewriteResult
+from qavp_export.passes._infra import RewriteResult
 from qavp_export.passes._linear import input_of, name_of
 from qavp_export.passes.functions import DOMAIN, add_function
 from qavp_export.passes.select_diverse import SELECT_DIVERSE
@@ -41,15 +42,7 @@ def lower_selection(model: ir.Model) -> RewriteResult:
     Raises:
         GraphError: A node's function is not in the model, or is of another version.
     """
-    matched, refused = 0, []
-    for node in [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, SELECT_DIVERSE)]:
-        reason = _why_not(node)
-        if reason is None:
-            _cut(model, node)
-            matched += 1
-        else:
-            refused.append(Refusal(name_of(node), reason))
-    return RewriteResult(model, modified=matched > 0, matched=matched, refused=refused)
+    return cut_nodes(model, SELECT_DIVERSE, _why_not, _cut)
 
 
 def _why_not(node: ir.Node) -> str | None:
@@ -77,10 +70,7 @@ def _kept(node: ir.Node) -> int | None:
     return None if count is None else int(count.numpy().item())
 
 
-def _cut(model: ir.Model, node: ir.Node) -> None:
-    function = model.functions.get(node.op_identifier())
-    if function is None:
-        raise GraphError(f"the function of {name_of(node)} is not in the model")
+def _cut(model: ir.Model, node: ir.Node, function: ir.Function) -> None:
     select: Diversity = "dpp" if node.attributes["select"].as_string() == "dpp" else "maxmin"
     for part in split_select_diverse(function, select):
         add_function(model, part)

@@ -32,11 +32,6 @@ class QuantizeTwoLevel(Plugin):
         (x,) = inputs
         return [tuple(x), (*x[:-1], 1)]
 
-    def tactics(self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], compiler: Compiler) -> list[int]:
-        """Returns the only one."""
-        del inputs, settings, compiler
-        return [1]
-
     def launch(
         self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], tactic: int, compiler: Compiler, cdiv: Any
     ) -> Launch:

@@ -134,9 +134,10 @@ class Plugin(ABC):
     def shapes(self, inputs: Sequence[Sequence[Any]], settings: Mapping[str, Setting]) -> list[tuple[Any, ...]]:
         """Returns the outputs' shapes: expressions and numbers, made of the inputs' expressions and the attributes."""
 
-    @abstractmethod
     def tactics(self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], compiler: Compiler) -> list[int]:
-        """Returns the tactics that are worth timing, positive numbers."""
+        """Returns the tactics that are worth timing, positive numbers; one, unless a plugin has several."""
+        del inputs, settings, compiler
+        return [1]
 
     @abstractmethod
     def launch(

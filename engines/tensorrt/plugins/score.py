@@ -65,11 +65,6 @@ class MixTokenScore(Plugin):
         del settings
         return [tuple(inputs[0])]
 
-    def tactics(self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], compiler: Compiler) -> list[int]:
-        """Returns the only one."""
-        del inputs, settings, compiler
-        return [1]
-
     def launch(
         self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], tactic: int, compiler: Compiler, cdiv: Any
     ) -> Launch:

@@ -33,11 +33,6 @@ class TokenCodes(Plugin):
         del settings
         return [tuple(inputs[0])]
 
-    def tactics(self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], compiler: Compiler) -> list[int]:
-        """Returns the only one."""
-        del inputs, settings, compiler
-        return [1]
-
     def launch(
         self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], tactic: int, compiler: Compiler, cdiv: Any
     ) -> Launch:
@@ -61,11 +56,6 @@ class TokenProducts(Plugin):
         del settings
         images, tokens, _ = inputs[0]
         return [(images, tokens, tokens)]
-
-    def tactics(self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], compiler: Compiler) -> list[int]:
-        """Returns the only one."""
-        del inputs, settings, compiler
-        return [1]
 
     def launch(
         self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], tactic: int, compiler: Compiler, cdiv: Any
@@ -91,11 +81,6 @@ class SelectDpp(Plugin):
         kept = int(settings["kept"])
         return [(images, kept), (images, kept), (images, kept, row_width(tokens))]
 
-    def tactics(self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], compiler: Compiler) -> list[int]:
-        """Returns the only one."""
-        del inputs, settings, compiler
-        return [1]
-
     def launch(
         self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], tactic: int, compiler: Compiler, cdiv: Any
     ) -> Launch:
@@ -118,11 +103,6 @@ class SelectMaxmin(Plugin):
         """Returns a number for each token that is kept, twice."""
         images, kept = inputs[0][0], int(settings["kept"])
         return [(images, kept), (images, kept)]
-
-    def tactics(self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], compiler: Compiler) -> list[int]:
-        """Returns the only one."""
-        del inputs, settings, compiler
-        return [1]
 
     def launch(
         self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], tactic: int, compiler: Compiler, cdiv: Any
