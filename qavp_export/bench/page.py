@@ -13,8 +13,8 @@ from jinja2 import Environment, StrictUndefined
 from qavp_export.bench.charts import DARK, LIGHT, Chart, charts
 from qavp_export.bench.summary import METRICS, STAGES
 from qavp_export.bench.tables import accuracy, number, points, reasons, scoring
-from qavp_export.cli.report import megabytes
 from qavp_export.plots import render, require_matplotlib, save, write_bytes
+from qavp_export.units import megabytes
 
 _TEMPLATE = "report.html.jinja"
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qavp_export.bench.summary import METRICS, PERCENTILES, SCORING, STAGES
-from qavp_export.cli.report import megabytes
+from qavp_export.units import megabytes
 
 _COLUMNS = 3  # contestants beside one another
 

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from qavp_export.bundle import GRAPH_NAME
 from qavp_export.manifest import Manifest
+from qavp_export.units import megabytes
 
 if TYPE_CHECKING:
     # It imports torch, which qavp-inspect does without.
@@ -170,11 +171,6 @@ def _budget(before: int | None, after: int | None, keep: float, keep_range: Sequ
     if keep_range is not None:
         remaining = f"{keep_range[0]:.4g} to {keep_range[1]:.4g} of them as each call asks, {keep:.4g} unless it does"
     return f"{'as many as the image makes' if before is None else before} -> {remaining}"
-
-
-def megabytes(count: int) -> str:
-    """Returns a number of bytes in MB (10^6) or GB (10^9)."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def _facts_table(title: str) -> Table:
