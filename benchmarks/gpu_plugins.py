@@ -18,7 +18,7 @@ from qavp_export.engines.tensorrt.plugins.linear import QuantizeTwoLevel, W4A4Ma
 from qavp_export.engines.tensorrt.plugins.plugin import Compiler, Launch, Plugin, Setting, Tensor
 from qavp_export.engines.tensorrt.plugins.score import MixTokenScore, TokenSensitivity
 from qavp_export.engines.tensorrt.plugins.select import SelectDpp, SelectMaxmin, TokenCodes, TokenProducts
-from qavp_export.numerics.diverse import Diversity, choose_diverse
+from qavp_export.numerics.diverse import Diversity, choose_diverse, code_width
 from qavp_export.numerics.rotation import block_rotation
 from qavp_export.numerics.score import hybrid_token_score
 from qavp_export.numerics.two_level import quantize_two_level
@@ -57,7 +57,8 @@ class PluginBench:
         error, outlier, score = (torch.full((_BATCH, _TOKENS), math.nan, device="cuda") for _ in range(3))
         settings = {"group_size": GROUP, "rms": 0}
         for case in self._run(TokenSensitivity(), [features], settings, [error, outlier]):
-            for _ in self._run(MixTokenScore(), [error, outlier, semantic], {"alpha": 0.5}, [score]):
+            weights = {"alpha": 0.5, "outlier_weight": 0.5}
+            for _ in self._run(MixTokenScore(), [error, outlier, semantic], weights, [score]):
                 wanted = hybrid_token_score(features.cpu().numpy(), semantic.cpu().numpy(), group_size=GROUP)
                 differs = float(np.abs(score.cpu().numpy() - wanted).max())
                 yield Check("plugins of the score", case, differs <= 1e-4, f"S {differs:.1e}")
@@ -65,7 +66,7 @@ class PluginBench:
     def _check_selection(self, select: Diversity) -> Iterator[Check]:
         features = torch.randn((_BATCH, _TOKENS, _WIDTH), generator=self._random, device="cuda")
         score = torch.rand((_BATCH, _TOKENS), generator=self._random, device="cuda")
-        codes = torch.full(features.shape, 127, dtype=torch.int8, device="cuda")
+        codes = torch.full((_BATCH, _TOKENS, code_width(_WIDTH)), 127, dtype=torch.int8, device="cuda")
         products = torch.full((_BATCH, _TOKENS, _TOKENS), math.nan, device="cuda")
         indices, order = (torch.full((_BATCH, _KEPT), -1, dtype=torch.int32, device="cuda") for _ in range(2))
         plugin: Plugin = SelectMaxmin()

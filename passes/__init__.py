@@ -14,7 +14,7 @@ places that looked right but were refused, why::
 from qavp_export.passes._infra import Refusal, RewritePass, RewriteResult
 from qavp_export.passes._linear import by_output_channel, linear_layers
 from qavp_export.passes.fold_weight_transposes import FoldWeightTransposes
-from qavp_export.passes.hybrid_score import InsertHybridScore
+from qavp_export.passes.hybrid_score import InsertHybridScore, set_score_weights
 from qavp_export.passes.keep_all_tokens import KeepAllTokens
 from qavp_export.passes.place_nvfp4 import PlaceNvfp4
 from qavp_export.passes.place_qdq import PlaceQdq
@@ -56,4 +56,5 @@ __all__ = [
     "by_output_channel",
     "linear_layers",
     "realized_precision",
+    "set_score_weights",
 ]

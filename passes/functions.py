@@ -17,10 +17,10 @@ TOKEN_NORM = "TokenNorm"
 
 _HYBRID = """
   eps = Constant <value_float: float = 1.0e-8> ()
-  half = Constant <value_float: float = 0.5> ()
   one = Constant <value_float: float = 1.0> ()
   seven = Constant <value_float: float = 7.0> ()
   weight = Constant <value_float: float = @alpha> ()
+  outlier_weight = Constant <value_float: float = @outlier_weight> ()
   last = Constant <value_ints: ints = [-1]> ()
   tokens = Constant <value_ints: ints = [1]> ()
   unsized = Constant <value_ints: ints = [0, 0, -1]> ()
@@ -51,9 +51,10 @@ _HYBRID = """
   lowest = ReduceMin <keepdims: int = 0> (v, last)
   outlier = Sub (highest, lowest)
 {minmax}
-  error_half = Mul (error_scaled, half)
-  outlier_half = Mul (outlier_scaled, half)
-  sensitivity = Add (error_half, outlier_half)
+  error_weight = Sub (one, outlier_weight)
+  error_part = Mul (error_scaled, error_weight)
+  outlier_part = Mul (outlier_scaled, outlier_weight)
+  sensitivity = Add (error_part, outlier_part)
   rest = Sub (one, weight)
   relevance_part = Mul (semantic_scaled, weight)
   sensitivity_part = Mul (sensitivity, rest)
@@ -93,7 +94,7 @@ def hybrid_token_score(width: int, opset: int, score_input: str) -> ir.Function:
     """The function `qavp.HybridTokenScore`.
 
     Inputs are `image_features [B,N,width]` of any floating type and `semantic [B,N]` FLOAT, the output is
-    `score [B,N]` FLOAT; the attributes `group_size` (int) and `alpha` (float) are read by the body.
+    `score [B,N]` FLOAT; the attributes `group_size` (int), `alpha` and `outlier_weight` (float) are read by the body.
 
     Args:
         width: Channels per token, D.
@@ -110,7 +111,7 @@ def hybrid_token_score(width: int, opset: int, score_input: str) -> ir.Function:
         sum_residual=_pairwise_sum("residual", width),
         minmax="".join(_MINMAX.format(x=x) for x in ("error", "outlier", "semantic")),
     )
-    signature = f"{HYBRID_TOKEN_SCORE} <group_size, alpha> (image_features, semantic) => (score)"
+    signature = f"{HYBRID_TOKEN_SCORE} <group_size, alpha, outlier_weight> (image_features, semantic) => (score)"
     return parse_function(signature, body, opset, f"score_input={score_input}, {width} channels")
 
 

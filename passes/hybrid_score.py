@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from qavp_export.errors import GraphError, InputError
 from qavp_export.numerics.groups import largest_group_size
-from qavp_export.numerics.score import ScoreInput, check_score_settings
+from qavp_export.numerics.score import PAPER_ALPHA, PAPER_OUTLIER_WEIGHT, ScoreInput, check_score_settings
 from qavp_export.numerics.semantic import Scorer
 from qavp_export.passes import semantic as scorers
 from qavp_export.passes._attention import FusedAttention, OpenAttention, attention_upstream
@@ -84,6 +84,7 @@ class InsertHybridScore(RewritePass):
         group_size: Channels per simulated INT4 group; None for the largest of 128, 64, 32, 16 that fits D.
         score_input: `raw` or `rms`.
         seed: Seed of the scorer `random`.
+        outlier_weight: Weight of the outlier intensity against the quantization error, in [0, 1].
 
     Raises:
         InputError: A setting is out of range.
@@ -95,14 +96,17 @@ class InsertHybridScore(RewritePass):
         self,
         at: str = "image_features",
         semantic: Scorer = "cls",
-        alpha: float = 0.5,
+        alpha: float = PAPER_ALPHA,
         group_size: int | None = None,
         score_input: ScoreInput = "raw",
         seed: int = 0,
+        outlier_weight: float = PAPER_OUTLIER_WEIGHT,
     ) -> None:
         scorers.check_scorer(semantic)
         # A group size divides itself: this checks the other settings before any graph is there.
-        check_score_settings(group_size or 1, 1 if group_size is None else group_size, alpha, score_input)
+        check_score_settings(
+            group_size or 1, 1 if group_size is None else group_size, alpha, score_input, outlier_weight
+        )
         if seed < 0:
             raise InputError(f"seed is {seed}; it must not be negative")
         self.at = at
@@ -111,6 +115,7 @@ class InsertHybridScore(RewritePass):
         self.group_size = group_size
         self.score_input = score_input
         self.seed = seed
+        self.outlier_weight = outlier_weight
 
     def requires(self, model: ir.Model) -> None:
         """Checks the opset, and that the features are there and were not scored yet."""
@@ -180,6 +185,7 @@ class InsertHybridScore(RewritePass):
             {
                 "group_size": plan.group_size,
                 "alpha": float(self.alpha),
+                "outlier_weight": float(self.outlier_weight),
                 "score_input": self.score_input,
                 "plugin_namespace": PLUGIN_NAMESPACE,
                 "plugin_version": PLUGIN_VERSION,
@@ -188,6 +194,26 @@ class InsertHybridScore(RewritePass):
             domain=DOMAIN,
         )
         return builder.nodes
+
+
+def set_score_weights(model: ir.Model, alpha: float, outlier_weight: float) -> None:
+    """Gives the hybrid score of a graph, in place, other weights.
+
+    Args:
+        model: A graph that `InsertHybridScore` has changed.
+        alpha: Weight of the semantic relevance, in [0, 1].
+        outlier_weight: Weight of the outlier intensity, in [0, 1].
+
+    Raises:
+        InputError: A weight is out of range.
+        GraphError: The graph has no hybrid score.
+    """
+    check_score_settings(1, 1, alpha, "raw", outlier_weight)
+    node = find_value(model, SCORE).producer()
+    if node is None:
+        raise GraphError(f"nothing computes {SCORE!r}; run InsertHybridScore first")
+    for name, weight in (("alpha", alpha), ("outlier_weight", outlier_weight)):
+        node.attributes[name] = ir.AttrFloat32(name, float(weight))
 
 
 def _batch(features: ir.Value) -> Dim:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qavp_export.numerics.score import ScoreInput
+from qavp_export.numerics.score import PAPER_ALPHA, PAPER_OUTLIER_WEIGHT, ScoreInput
 from qavp_export.numerics.select import Select
 from qavp_export.numerics.semantic import Scorer
 from qavp_export.passes._infra import RewritePass, RewriteResult
@@ -41,6 +41,7 @@ class PruneVisionTokens(RewritePass):
         seed: Seed of the scorer `random`.
         select: `topk`, `dpp` or `maxmin`.
         keep_input: Take k from the graph input `keep_tokens`.
+        outlier_weight: Weight of the outlier intensity against the quantization error, in [0, 1].
 
     Raises:
         InputError: A setting is out of range.
@@ -54,15 +55,16 @@ class PruneVisionTokens(RewritePass):
         keep: float | None = None,
         tokens: int | None = None,
         semantic: Scorer = "cls",
-        alpha: float = 0.5,
+        alpha: float = PAPER_ALPHA,
         group_size: int | None = None,
         score_input: ScoreInput = "raw",
         seed: int = 0,
         select: Select = "topk",
         *,
         keep_input: bool = False,
+        outlier_weight: float = PAPER_OUTLIER_WEIGHT,
     ) -> None:
-        self._score = InsertHybridScore(at, semantic, alpha, group_size, score_input, seed)
+        self._score = InsertHybridScore(at, semantic, alpha, group_size, score_input, seed, outlier_weight)
         self._select = SelectGather(at, keep=keep, tokens=tokens, select=select, keep_input=keep_input)
 
     def requires(self, model: ir.Model) -> None:

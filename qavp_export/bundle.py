@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 from filelock import FileLock, Timeout
 
@@ -168,6 +169,17 @@ class BundleWriter:
         """
         self.open_graph(component, model).finish(progress)
         return describe_component(component, model)
+
+    def update_graph(self, component: str, model: ir.Model) -> None:
+        """Writes a graph again whose tensors are in its file already.
+
+        Args:
+            component: The component's name.
+            model: The graph that `write_graph` has written; nodes may have changed since, initializers not.
+        """
+        path = self.folder / component / GRAPH_NAME
+        ir.save(model, path)
+        onnx.checker.check_model(path)
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Writes the manifest and puts the bundle in place.

@@ -148,6 +148,8 @@ class Manifest:
         notes: What the recipe asked for and the model did not allow, a line each.
         calibration: What the recipe was calibrated on: name and SHA-256 of the data, number of prompts, and the
             measured sensitivity of each layer, by module name, if the recipe asks for it. None without calibration.
+        alpha_fit: How alpha and outlier_weight were chosen, if the recipe left that to the export: number of images,
+            each candidate's KL divergence and top-1 agreement, the choice.
         checkpoint_bytes: Size of the checkpoint's tensors.
         checkpoint_quantization: How the checkpoint itself stores quantized weights; None if they are floats.
         parity: What the parity check compared and found.
@@ -172,6 +174,7 @@ class Manifest:
     checkpoint_quantization: dict[str, Any] | None
     parity: dict[str, Any]
     versions: dict[str, str]
+    alpha_fit: dict[str, Any] | None = None
     engines: dict[str, Any] = field(default_factory=dict)
     files: list[FileEntry] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION

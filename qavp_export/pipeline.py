@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from qavp_export.bundle import BundleWriter, describe_component
 from qavp_export.calibration import CalibrationSet, demo_calibration, read_calibration
+from qavp_export.calibration.alpha import FIT_PROMPTS, fit_alpha
 from qavp_export.calibration.prompts import embed_prompts, embed_text
 from qavp_export.description import describe, versions
 from qavp_export.engines import TOKEN_TYPES
@@ -29,6 +30,7 @@ from qavp_export.passes import (
     PruneVisionTokens,
     StoreHalf,
     realized_precision,
+    set_score_weights,
 )
 from qavp_export.quantization import Calibration, Quantization, quantize
 from qavp_export.recipe import Recipe, check_clip
@@ -108,6 +110,7 @@ def export(
         quantized.calibrate(file)
         file.finish(_stage(progress, "write decoder"))
         manifest.components["decoder"] = describe_component("decoder", graphs["decoder"])
+        settings, manifest = fit_score(graphs["vision_encoder"], settings, drawn, manifest, writer, progress)
         manifest = _with_results(manifest, graphs, quantized, weights, drawn)
         progress("lower", 0, 1)
         manifest = dataclasses.replace(manifest, engines=build_engines(writer.folder, manifest))
@@ -116,6 +119,37 @@ def export(
         manifest = dataclasses.replace(manifest, engines=manifest.engines | engines)
         progress("finish", 0, 1)
         return writer.commit(dataclasses.replace(manifest, parity=parity.to_dict()))
+
+
+def fit_score(
+    vision: ir.Model,
+    settings: Settings,
+    drawn: CalibrationSet | None,
+    manifest: Manifest,
+    writer: BundleWriter,
+    progress: Progress,
+) -> tuple[Settings, Manifest]:
+    """Chooses the score's weights, if the recipe says so, and writes the vision encoder with them.
+
+    That takes the finished decoder. So the vision encoder is written first with the paper's weights: what GPTQ
+    calibrates on are the tokens that those keep.
+    """
+    if not settings.recipe.fits_alpha or drawn is None:
+        return settings, manifest
+    fit = fit_alpha(
+        writer.folder,
+        manifest,
+        drawn.items[:FIT_PROMPTS],
+        settings.recipe.select,
+        writer.work / "alpha_fit",
+        writer.journal.section("alpha_fit"),
+        _stage(progress, "fit alpha"),
+    )
+    chosen = dataclasses.asdict(fit.chosen)
+    settings = dataclasses.replace(settings, **chosen)
+    set_score_weights(vision, **chosen)
+    writer.update_graph("vision_encoder", vision)
+    return settings, dataclasses.replace(manifest, recipe=settings.resolved(), alpha_fit=fit.to_dict())
 
 
 def asked_precisions(recipe: Recipe) -> set[str]:
@@ -161,7 +195,8 @@ def identify(source: Source, settings: Settings, drawn: CalibrationSet | None) -
     return {
         "checkpoint": source.checkpoint.fingerprint(),
         "clip": None if tower is None else tower.checkpoint.fingerprint(),
-        "recipe": settings.resolved(),
+        # What is still to be chosen is not what a number says.
+        "recipe": settings.resolved() | {"alpha": settings.recipe.alpha},
         "calibration": None if drawn is None else drawn.describe(),
         "version": versions(),
     }
@@ -178,7 +213,8 @@ def quantize_decoder(
 ) -> Quantization:
     """Places the decoder's quantizers, in place; calibration runs the graphs that the bundle holds so far."""
     typed = any(value.name == TOKEN_TYPES for value in decoder.graph.inputs)
-    prompts = embed(drawn, writer, manifest, progress, token_types=typed)
+    calibrating = drawn if settings.recipe.calibrates_decoder else None
+    prompts = embed(calibrating, writer, manifest, progress, token_types=typed)
     opened = {}
     if settings.recipe.algorithm == "sink":
         opened = embed_text(writer.folder, manifest, openings(source, settings.recipe), token_types=typed)
@@ -195,11 +231,14 @@ def draw_prompts(recipe: Recipe, data: Path | None) -> CalibrationSet | None:
     """
     if not recipe.needs_calibration:
         if data is not None:
-            raise RecipeError(f"recipe {recipe.name} reads no calibration data; leave --calibration out, or use gptq")
+            raise RecipeError(
+                f"recipe {recipe.name} reads no calibration data; leave --calibration out, or use gptq or --alpha auto"
+            )
         return None
+    samples = recipe.calibration_samples if recipe.calibrates_decoder else min(recipe.calibration_samples, FIT_PROMPTS)
     if data is None:
-        return demo_calibration(recipe.calibration_samples, recipe.seed)
-    return read_calibration(data, recipe.calibration_samples, recipe.seed)
+        return demo_calibration(samples, recipe.seed)
+    return read_calibration(data, samples, recipe.seed)
 
 
 def embed(
@@ -278,12 +317,13 @@ def prune(graphs: Mapping[str, ir.Model], settings: Settings) -> None:
         at="image_features",
         tokens=settings.tokens_kept,
         semantic=settings.semantic,
-        alpha=recipe.alpha,
+        alpha=settings.alpha,
         group_size=settings.group_size,
         score_input=recipe.score_input,
         seed=recipe.seed,
         select=recipe.select,
         keep_input=settings.tokens_kept is None,
+        outlier_weight=settings.outlier_weight,
     )(graphs["vision_encoder"])
 
 

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from qavp_export.errors import RecipeError
 from qavp_export.numerics.score import ScoreInput
@@ -52,11 +60,17 @@ class Recipe(BaseModel):
         description="Semantic scorer; null takes the family's default. text compares tokens with the question by CLIP "
         "(CDPruner) and needs --clip.",
     )
-    alpha: float = Field(
+    alpha: float | Literal["auto"] = Field(
+        default=0.5,
+        description="Weight of semantic relevance against quantization sensitivity (QAPruner, equation for S), in "
+        "[0, 1]; auto chooses it and outlier_weight on calibration images, by fidelity.",
+    )
+    outlier_weight: float = Field(
         default=0.5,
         ge=0,
         le=1,
-        description="Weight of semantic relevance against quantization sensitivity (QAPruner, equation for S).",
+        description="Weight of outlier intensity against quantization error within that sensitivity; the paper's is "
+        "0.5.",
     )
     score_input: ScoreInput = Field(
         default="raw",
@@ -148,6 +162,19 @@ class Recipe(BaseModel):
             return fields
         return fields | {"keep": min(max(cls.model_fields["keep"].default, bounds[0]), bounds[1])}
 
+    @field_validator("alpha", mode="wrap")
+    @classmethod
+    def _number_or_auto(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> float | Literal["auto"]:
+        message = "give a number in [0, 1], or auto"
+        try:
+            alpha: float | Literal["auto"] = validate(value)
+        except ValidationError:
+            # A union's own errors name its members, one each.
+            raise ValueError(message) from None
+        if alpha != "auto" and not 0 <= alpha <= 1:
+            raise ValueError(message)
+        return alpha
+
     @field_validator("keep_range")
     @classmethod
     def _ascending(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -161,17 +188,39 @@ class Recipe(BaseModel):
             low, high = self.keep_range
             raise ValueError(f"keep {self.keep:g} is outside keep_range {low:g} to {high:g}")
         if self.format == "nvfp4" and (self.decoder != "w4a4" or self.needs_calibration):
-            raise ValueError("format nvfp4 goes with decoder w4a4, no GPTQ and no size_budget")
+            raise ValueError("format nvfp4 goes with decoder w4a4, no GPTQ, no size_budget and no alpha auto")
         if self.size_budget is not None and not self.decoder.startswith("w4"):
             raise ValueError("size_budget raises 4-bit layers: it goes with decoder w4a4, w4a8 or w4a16")
         if self.algorithm == "gptq" and not self.decoder.startswith("w4"):
             raise ValueError("algorithm gptq rounds 4-bit weights: it goes with decoder w4a4, w4a8 or w4a16")
+        if self.fits_alpha:
+            self._check_fit()
         return self
+
+    def _check_fit(self) -> None:
+        if self.select == "maxmin":
+            raise ValueError(
+                "alpha auto weighs scores, and select maxmin ignores them; use topk or dpp, or set no alpha"
+            )
+        if self.keep_range is not None:
+            raise ValueError("alpha auto fits one share of tokens, not a keep_range; give keep, or a number for alpha")
+        if "outlier_weight" in self.model_fields_set:
+            raise ValueError("alpha auto chooses outlier_weight too; leave outlier_weight out, or give alpha a number")
+
+    @property
+    def fits_alpha(self) -> bool:
+        """Whether an export chooses alpha and outlier_weight."""
+        return self.alpha == "auto"
+
+    @property
+    def calibrates_decoder(self) -> bool:
+        """Whether the decoder is quantized by calibration prompts."""
+        return self.algorithm == "gptq" or self.size_budget is not None
 
     @property
     def needs_calibration(self) -> bool:
         """Whether an export runs calibration prompts."""
-        return self.algorithm == "gptq" or self.size_budget is not None
+        return self.calibrates_decoder or self.fits_alpha
 
 
 def make_recipe(preset: str, overrides: Mapping[str, Any]) -> Recipe:

@@ -8,6 +8,7 @@ from typing import Any
 from qavp_export.errors import RecipeError
 from qavp_export.families import Family, Plan
 from qavp_export.numerics.groups import largest_group_size
+from qavp_export.numerics.score import PAPER_ALPHA
 from qavp_export.numerics.select import tokens_to_keep
 from qavp_export.numerics.semantic import Scorer
 from qavp_export.recipe import Recipe
@@ -20,6 +21,8 @@ class Settings:
     Attributes:
         recipe: The recipe.
         semantic: The scorer, chosen.
+        alpha: Weight of semantic relevance; the paper's until a fit has chosen another.
+        outlier_weight: Weight of outlier intensity, likewise.
         group_size: Channels that share a scale, in the score and in the decoder.
         tokens_kept: Vision tokens kept per unit (k); None if it varies with the image or is chosen by the call.
         pruned: Whether tokens may be left out.
@@ -27,6 +30,8 @@ class Settings:
 
     recipe: Recipe
     semantic: Scorer
+    alpha: float
+    outlier_weight: float
     group_size: int
     tokens_kept: int | None
     pruned: bool
@@ -38,7 +43,8 @@ class Settings:
 
     def resolved(self) -> dict[str, Any]:
         """Returns the recipe's fields with the choices filled in, as the manifest stores them."""
-        return self.recipe.model_dump() | {"semantic": self.semantic, "group_size": self.group_size}
+        chosen = {"alpha": self.alpha, "outlier_weight": self.outlier_weight}
+        return self.recipe.model_dump() | chosen | {"semantic": self.semantic, "group_size": self.group_size}
 
 
 def settle(recipe: Recipe, family: Family, plan: Plan) -> Settings:
@@ -46,7 +52,25 @@ def settle(recipe: Recipe, family: Family, plan: Plan) -> Settings:
 
     Raises:
         RecipeError: The recipe does not fit: a scorer that the model cannot serve, a group size that does not divide
-            its channels.
+            its channels, weights to be fitted where all tokens are kept.
+    """
+    semantic = choose_scorer(recipe, family, plan)
+    tokens_kept, pruned = None, recipe.keep < 1 or recipe.keep_range is not None
+    if plan.vision_tokens is not None and recipe.keep_range is None:
+        tokens_kept = tokens_to_keep(plan.vision_tokens, recipe.keep)
+        pruned = tokens_kept < plan.vision_tokens
+    if recipe.fits_alpha and not pruned:
+        raise RecipeError(f"alpha auto chooses which tokens are kept, and keep {recipe.keep:g} keeps all; set no alpha")
+    alpha = PAPER_ALPHA if recipe.alpha == "auto" else recipe.alpha
+    group_size = _group_size(recipe, plan)
+    return Settings(recipe, semantic, alpha, recipe.outlier_weight, group_size, tokens_kept, pruned)
+
+
+def choose_scorer(recipe: Recipe, family: Family, plan: Plan) -> Scorer:
+    """Returns the semantic scorer of a recipe on a model.
+
+    Raises:
+        RecipeError: The model cannot serve it.
     """
     semantic: Scorer = recipe.semantic or family.scorers[0]
     if semantic not in family.scorers:
@@ -58,11 +82,7 @@ def settle(recipe: Recipe, family: Family, plan: Plan) -> Settings:
         if recipe.semantic is not None:
             raise RecipeError("semantic 'cls' needs a vision tower with a [CLS] token; use 'received'")
         semantic = "received"
-    tokens_kept, pruned = None, recipe.keep < 1 or recipe.keep_range is not None
-    if plan.vision_tokens is not None and recipe.keep_range is None:
-        tokens_kept = tokens_to_keep(plan.vision_tokens, recipe.keep)
-        pruned = tokens_kept < plan.vision_tokens
-    return Settings(recipe, semantic, _group_size(recipe, plan), tokens_kept, pruned)
+    return semantic
 
 
 def _group_size(recipe: Recipe, plan: Plan) -> int:

@@ -138,6 +138,16 @@ def test_a_bad_recipe_file_is_one_clear_line(tmp_path: Path, text: str | bytes, 
     assert "\n" not in str(caught.value)
 
 
+def test_alpha_is_a_number_or_auto() -> None:
+    # As the command line hands it over.
+    assert make_recipe("rtn", {"alpha": "0.25"}).alpha == 0.25
+    recipe = make_recipe("rtn", {"alpha": "auto", "select": "dpp"})
+    assert (recipe.alpha, recipe.outlier_weight) == ("auto", 0.5)
+    assert (recipe.fits_alpha, recipe.needs_calibration, recipe.calibrates_decoder) == (True, True, False)
+    recipe = make_recipe("gptq", {"outlier_weight": 0.0})
+    assert (recipe.fits_alpha, recipe.needs_calibration, recipe.calibrates_decoder) == (False, True, True)
+
+
 @pytest.mark.parametrize("name", ["absent.yaml", "folder.yaml"])
 def test_a_recipe_file_that_cannot_be_read(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder.yaml").mkdir()
@@ -155,6 +165,10 @@ def test_a_recipe_file_that_cannot_be_read(tmp_path: Path, name: str) -> None:
         ("w4a8", {"format": "nvfp4"}, "format nvfp4 goes with decoder w4a4"),
         ("gptq", {"format": "nvfp4"}, "format nvfp4 goes with decoder w4a4"),
         ("rotate", {"format": "nvfp4", "size_budget": 0.1}, "format nvfp4 goes with decoder w4a4"),
+        ("nvfp4", {"alpha": "auto"}, "format nvfp4 goes with decoder w4a4, no GPTQ, no size_budget and no alpha auto"),
+        ("rotate", {"alpha": "auto", "select": "maxmin"}, "alpha auto weighs scores, and select maxmin ignores them"),
+        ("rotate", {"alpha": "auto", "keep_range": (0.1, 0.5)}, "alpha auto fits one share of tokens"),
+        ("rotate", {"alpha": "auto", "outlier_weight": 0.5}, "alpha auto chooses outlier_weight too"),
     ],
 )
 def test_contradictions_are_refused(preset: str, overrides: dict[str, Any], message: str) -> None:
@@ -170,7 +184,10 @@ def test_contradictions_are_refused(preset: str, overrides: dict[str, Any], mess
         ({"keep": -0.1}, "keep = -0.1"),
         ({"keep": 1.0001}, "keep = 1.0001 is not valid: input should be less than or equal to 1"),
         ({"keep": float("nan")}, "keep = nan"),
-        ({"alpha": 1.5}, "alpha = 1.5"),
+        ({"alpha": 1.5}, "alpha = 1.5 is not valid: give a number in [0, 1], or auto"),
+        ({"alpha": float("nan")}, "alpha = nan is not valid: give a number in [0, 1], or auto"),
+        ({"alpha": "best"}, "alpha = 'best' is not valid: give a number in [0, 1], or auto"),
+        ({"outlier_weight": -0.5}, "outlier_weight = -0.5 is not valid: input should be greater than or equal to 0"),
         ({"semantic": "vibes"}, "semantic = 'vibes'"),
         ({"score_input": "log"}, "score_input = 'log'"),
         ({"group_size": 0}, "group_size = 0"),

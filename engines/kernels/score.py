@@ -185,7 +185,16 @@ def _sum_and_range(total, high, low, total2, high2, low2):
 
 @triton.jit
 def mix_token_score(
-    error, outlier, semantic, tokens, score, BLOCK: tl.constexpr, ALPHA: tl.constexpr, REST: tl.constexpr
+    error,
+    outlier,
+    semantic,
+    tokens,
+    score,
+    BLOCK: tl.constexpr,
+    ALPHA: tl.constexpr,
+    REST: tl.constexpr,
+    OUTLIER: tl.constexpr,
+    ERROR: tl.constexpr,
 ):
     """One image's scores: error, outlier, semantic and score `[images, tokens]` float32; the reference's bits.
 
@@ -219,14 +228,15 @@ def mix_token_score(
     extremes = (error_low, error_high, outlier_low, outlier_high, semantic_low, semantic_high)
     low_e, high_e, low_o, high_o, low_s, high_s = tl.reduce(extremes, 0, _wider)
     span_e, span_o, span_s = high_e - low_e + 1e-8, high_o - low_o + 1e-8, high_s - low_s + 1e-8
-    mixed = _mix(first_error, low_e, span_e, first_outlier, low_o, span_o, first_semantic, low_s, span_s, ALPHA, REST)
+    sensitivity = _sensitivity(first_error, low_e, span_e, first_outlier, low_o, span_o, OUTLIER, ERROR)
+    mixed = _mix(sensitivity, first_semantic, low_s, span_s, ALPHA, REST)
     tl.store(score + at, mixed, mask=at < tokens)
     for begin in range(BLOCK, tokens, BLOCK):
         more = at + begin
         e = tl.load(error + more, mask=more < tokens, other=0.0)
         o = tl.load(outlier + more, mask=more < tokens, other=0.0)
         s = tl.load(semantic + more, mask=more < tokens, other=0.0)
-        mixed = _mix(e, low_e, span_e, o, low_o, span_o, s, low_s, span_s, ALPHA, REST)
+        mixed = _mix(_sensitivity(e, low_e, span_e, o, low_o, span_o, OUTLIER, ERROR), s, low_s, span_s, ALPHA, REST)
         tl.store(score + more, mixed, mask=more < tokens)
 
 
@@ -239,8 +249,12 @@ def _wider(low_e, high_e, low_o, high_o, low_s, high_s, low_e2, high_e2, low_o2,
 
 
 @triton.jit
-def _mix(e, low_e, span_e, o, low_o, span_o, s, low_s, span_s, ALPHA: tl.constexpr, REST: tl.constexpr):
-    sensitivity = tl.div_rn(e - low_e, span_e) * 0.5 + tl.div_rn(o - low_o, span_o) * 0.5
+def _sensitivity(e, low_e, span_e, o, low_o, span_o, OUTLIER: tl.constexpr, ERROR: tl.constexpr):
+    return tl.div_rn(e - low_e, span_e) * ERROR + tl.div_rn(o - low_o, span_o) * OUTLIER
+
+
+@triton.jit
+def _mix(sensitivity, s, low_s, span_s, ALPHA: tl.constexpr, REST: tl.constexpr):
     return tl.div_rn(s - low_s, span_s) * ALPHA + sensitivity * REST
 
 
@@ -308,7 +322,9 @@ def token_sensitivity_grid(rows: int, tiling: SensitivityTiling = WARP_PER_TOKEN
     return -(-rows // tiling.tokens), 1, 1
 
 
-def mix_token_score_spec(tokens: int | None, alpha: float, num_warps: int = 8) -> KernelSpec:
+def mix_token_score_spec(
+    tokens: int | None, alpha: float, outlier_weight: float = 0.5, num_warps: int = 8
+) -> KernelSpec:
     """Specifies `mix_token_score`: launch it with `mix_token_score_grid`.
 
     Run-time arguments: error, outlier, semantic `[images, tokens]` float32, tokens, score `[images, tokens]` float32;
@@ -318,18 +334,21 @@ def mix_token_score_spec(tokens: int | None, alpha: float, num_warps: int = 8) -
         tokens: Tokens of an image, where known: the kernel is right for other multiples of 16 too, and for any number
             if this is none or None.
         alpha: Weight of the semantic relevance.
+        outlier_weight: Weight of the outlier intensity.
         num_warps: Warps of a program.
 
     Raises:
-        InputError: `alpha` is outside [0, 1].
+        InputError: A weight is outside [0, 1].
     """
-    check_score_settings(1, 1, alpha, "raw")
+    check_score_settings(1, 1, alpha, "raw", outlier_weight)
     # The reference's float32 weights.
-    weight = np.float32(alpha)
+    weight, of_outlier = np.float32(alpha), np.float32(outlier_weight)
     constants = {
         "BLOCK": min(_MAX_MIX_BLOCK, triton.next_power_of_2(tokens or _MAX_MIX_BLOCK)),
         "ALPHA": float(weight),
         "REST": float(np.float32(1.0) - weight),
+        "OUTLIER": float(of_outlier),
+        "ERROR": float(np.float32(1.0) - of_outlier),
     }
     signature = {"error": "*fp32", "outlier": "*fp32", "semantic": "*fp32", "tokens": "i32", "score": "*fp32"}
     pointers = {"error", "outlier", "semantic", "score"}

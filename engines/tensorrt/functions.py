@@ -175,7 +175,7 @@ def split_hybrid_score(function: ir.Function) -> tuple[ir.Function, ir.Function]
 
     Returns:
         `TokenSensitivity (image_features) => (error, outlier)` with the attribute `group_size`, and
-        `MixTokenScore (error, outlier, semantic) => (score)` with the attribute `alpha`.
+        `MixTokenScore (error, outlier, semantic) => (score)` with the attributes `alpha` and `outlier_weight`.
 
     Raises:
         GraphError: The function's body has no values of these names.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qavp_export.runtime.preparation import Preparer
 Array = npt.NDArray[Any]
 
 # Optimized, ONNX Runtime would copy 16-bit weights to float32; as they are, they stay mapped from the file.
-_OPTIONS = EngineOptions(graph_optimization="disable")
+OPTIONS = EngineOptions(graph_optimization="disable")
 
 
 def embed_prompts(
@@ -39,20 +40,14 @@ def embed_prompts(
     Raises:
         CalibrationError: A picture cannot be read, or a prompt does not fit the context; the message names it.
     """
-    preparer = Preparer(bundle, manifest, OrtEncoders(bundle, manifest, _OPTIONS))
-    cache = _empty_cache(manifest.decoder, 1)
+    preparer = Preparer(bundle, manifest, OrtEncoders(bundle, manifest, OPTIONS))
+    cache = empty_cache(manifest.decoder, 1)
     for item in items:
-        prompt = item.prompt
-        if not preparer.has_chat_template:
-            prompt = f"{preparer.image_token}\n" * len(item.images) + prompt
-        answer = f" {item.answer}" if item.answer else ""
-        try:
+        prompt, answer = written(item, preparer.image_token, templated=preparer.has_chat_template)
+        with naming(item):
             prepared = preparer.prepare(
                 [prompt], [list(item.images)], chat_template=preparer.has_chat_template, answers=[answer]
             )
-        except (ImageError, PromptError) as error:
-            shows = ", ".join(path.name for path in item.images)
-            raise CalibrationError(f"calibration prompt about {shows}: {error}") from error
         yield {
             "inputs_embeds": prepared.inputs_embeds,
             "attention_mask": prepared.attention_mask,
@@ -60,6 +55,32 @@ def embed_prompts(
             **({TOKEN_TYPES: prepared.token_type_ids} if token_types else {}),
             **cache,
         }
+
+
+def written(item: CalibrationItem, image_token: str, *, templated: bool) -> tuple[str, str]:
+    """Returns prompt and answer of an item as the processor reads them.
+
+    Args:
+        item: The item.
+        image_token: What stands for an image in a prompt without a chat template.
+        templated: Whether the checkpoint's chat template wraps the prompt.
+    """
+    images = "" if templated else f"{image_token}\n" * len(item.images)
+    return images + item.prompt, f" {item.answer}" if item.answer else ""
+
+
+@contextmanager
+def naming(item: CalibrationItem) -> Iterator[None]:
+    """Lets errors say which calibration prompt they are about.
+
+    Raises:
+        CalibrationError: In the place of an error of its images or its text.
+    """
+    try:
+        yield
+    except (CalibrationError, ImageError, PromptError) as error:
+        shows = ", ".join(path.name for path in item.images)
+        raise CalibrationError(f"calibration prompt about {shows}: {error}") from error
 
 
 def embed_text(
@@ -77,15 +98,16 @@ def embed_text(
         The decoder's inputs with an empty cache.
     """
     no_images = np.zeros((0, manifest.vision_tokens.after or 1, manifest.decoder.hidden_size), np.float32)
-    embeds = OrtEmbedding(bundle, manifest, _OPTIONS).embed(token_ids, no_images)
+    embeds = OrtEmbedding(bundle, manifest, OPTIONS).embed(token_ids, no_images)
     positions = np.broadcast_to(np.arange(token_ids.shape[1]), token_ids.shape)
     mask = np.ones_like(token_ids)
     inputs: dict[str, Array] = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
     if token_types:
         inputs[TOKEN_TYPES] = np.zeros_like(token_ids)
-    return inputs | _empty_cache(manifest.decoder, len(token_ids))
+    return inputs | empty_cache(manifest.decoder, len(token_ids))
 
 
-def _empty_cache(spec: DecoderSpec, batch: int) -> dict[str, Array]:
+def empty_cache(spec: DecoderSpec, batch: int) -> dict[str, Array]:
+    """Returns the decoder's inputs for keys and values of sequences that begin."""
     empty = np.zeros((batch, spec.num_key_value_heads, 0, spec.head_dim), np.float32)
     return {f"past_key_values.{layer}.{part}": empty for layer in range(spec.num_layers) for part in ("key", "value")}

@@ -75,6 +75,10 @@ class Walk:
         self._remember()
         self._forget(wanted)
 
+    def passed(self, value: ir.Value) -> bool:
+        """Whether all that reads a value has been computed, so that the value is gone."""
+        return value not in self._known and value.producer() in self._done
+
     def multiply(self, node: ir.Node) -> None:
         """Computes the output of a linear layer with a float weight whose input is known, and lets go of the weight."""
         x, weight, output = node.inputs[0], node.inputs[1], node.outputs[0]
@@ -137,7 +141,7 @@ class Walk:
                 value.const_value = None
         part = ir.Model(graph, ir_version=self._model.ir_version, functions=list(self._model.functions.values()))
         options = session_options(EngineOptions(graph_optimization="disable"))
-        return _open(part, options), weights
+        return open_part(part, options), weights
 
     def _take(self, weight: ir.Value) -> Array:
         values = self.weight(weight)
@@ -181,7 +185,8 @@ class Walk:
         return self._folder / f"{self._known[value]}-{prompt}.npy"
 
 
-def _open(part: ir.Model, options: ort.SessionOptions) -> ort.InferenceSession:
+def open_part(part: ir.Model, options: ort.SessionOptions) -> ort.InferenceSession:
+    """Opens a part of a graph; what of its weights lies in a file beside the graph is mapped."""
     providers = ["CPUExecutionProvider"]
     tensors = (value.const_value for value in part.graph.initializers.values())
     folders = {Path(tensor.base_dir) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}

@@ -42,10 +42,13 @@ CalibrationOption = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Image prompts for recipes gptq and auto: a .jsonl file or a folder of images. [default: the demo's]",
+        help="Image prompts for recipes gptq and auto, and --alpha auto: a .jsonl file or a folder of images. "
+        "[default: the demo's]",
     ),
 ]
-CalibrationSamplesOption = Annotated[int | None, typer.Option(help="Most calibration prompts to draw. [default: 128]")]
+CalibrationSamplesOption = Annotated[
+    int | None, typer.Option(help="Most calibration prompts to draw. [default: 128; --alpha auto reads 32 at most]")
+]
 SizeBudgetOption = Annotated[
     float | None,
     typer.Option(help="Raise the most sensitive layers to 8 bit while the decoder grows by at most this fraction."),
@@ -61,7 +64,16 @@ ClipOption = Annotated[
     ),
 ]
 AlphaOption = Annotated[
-    float | None, typer.Option(help="Weight of semantic relevance against quantization sensitivity. [default: 0.5]")
+    str | None,
+    typer.Option(
+        metavar="FLOAT|auto",
+        help="Weight of semantic relevance against quantization sensitivity; auto chooses it and --outlier-weight on "
+        "calibration images. [default: 0.5]",
+    ),
+]
+OutlierWeightOption = Annotated[
+    float | None,
+    typer.Option(help="Weight of outlier intensity against quantization error in that sensitivity. [default: 0.5]"),
 ]
 ScoreInputOption = Annotated[
     str | None,

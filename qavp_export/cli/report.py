@@ -23,6 +23,7 @@ from rich.table import Table
 
 from qavp_export.bundle import GRAPH_NAME
 from qavp_export.manifest import Manifest
+from qavp_export.numerics.score import PAPER_ALPHA, PAPER_OUTLIER_WEIGHT
 from qavp_export.units import megabytes
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def summary(manifest: Manifest, bundle: Path) -> dict[str, Any]:
         "weight_error": _error_summary(manifest.weight_error),
         "notes": manifest.notes,
         "calibration": manifest.calibration,
+        "alpha_fit": manifest.alpha_fit,
         "checkpoint_quantization": manifest.checkpoint_quantization,
         "checkpoint_bytes": manifest.checkpoint_bytes,
         "bundle_bytes": sum(entry.bytes for entry in manifest.files),
@@ -114,7 +116,10 @@ def print_summary(manifest: Manifest, bundle: Path, title: str) -> None:
     facts = summary(manifest, bundle)
     recipe, tokens = manifest.recipe, manifest.vision_tokens
     table = _facts_table(title)
-    how = f"{recipe['select']} by {recipe['semantic']}, alpha {recipe['alpha']}, {recipe['score_input']} features"
+    weights = f"alpha {recipe['alpha']}"
+    if recipe.get("outlier_weight", PAPER_OUTLIER_WEIGHT) != PAPER_OUTLIER_WEIGHT:
+        weights += f", outlier weight {recipe['outlier_weight']}"
+    how = f"{recipe['select']} by {recipe['semantic']}, {weights}, {recipe['score_input']} features"
     all_kept = tokens.keep_range is None and (tokens.keep == 1 or (tokens.after or 0) == tokens.before)
     pruned = "all kept" if all_kept else f"keep {recipe['keep']}, {how}"
     budget = _budget(tokens.before, tokens.after, tokens.keep, tokens.keep_range)
@@ -125,6 +130,8 @@ def print_summary(manifest: Manifest, bundle: Path, title: str) -> None:
         table.add_row("weight error", _error_line(facts["weight_error"], manifest.checkpoint_quantization))
     if manifest.calibration is not None:
         table.add_row("calibrated on", f"{manifest.calibration['prompts']} prompts of {manifest.calibration['data']}")
+    if manifest.alpha_fit is not None:
+        table.add_row("alpha fit", _fit_line(manifest.alpha_fit))
     for note in manifest.notes:
         table.add_row("note", note)
     table.add_row("size", f"{megabytes(manifest.checkpoint_bytes)} -> {megabytes(facts['bundle_bytes'])}")
@@ -135,6 +142,22 @@ def print_summary(manifest: Manifest, bundle: Path, title: str) -> None:
         table.add_row(f"engine {name}", _engine_line(engine))
     table.add_row("bundle", str(bundle))
     Console().print(table)
+
+
+def _fit_line(fit: Mapping[str, Any]) -> str:
+    """Says which weights of the score were chosen, and how much closer to all tokens they stay than the paper's."""
+    chosen, paper = fit["chosen"], {"alpha": PAPER_ALPHA, "outlier_weight": PAPER_OUTLIER_WEIGHT}
+    divergences = {name: _divergence(fit, weights) for name, weights in (("chosen", chosen), ("paper", paper))}
+    found = f"alpha {chosen['alpha']}, outlier weight {chosen['outlier_weight']} on {fit['images']} images"
+    if chosen == paper:
+        return f"{found}, the paper's: none is better by more than the standard error"
+    return (
+        f"{found}: KL {divergences['chosen']:.3f} from all tokens, the paper's 0.5 and 0.5 {divergences['paper']:.3f}"
+    )
+
+
+def _divergence(fit: Mapping[str, Any], weights: Mapping[str, float]) -> float:
+    return next(float(entry["kl"]) for entry in fit["candidates"] if weights.items() <= entry.items())
 
 
 def _engine_line(engine: Mapping[str, Any]) -> str:

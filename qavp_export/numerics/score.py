@@ -24,9 +24,13 @@ ScoreInput: TypeAlias = Literal["raw", "rms"]
 
 EPS = 1e-8
 INT4_MAX = 7.0
+PAPER_ALPHA = 0.5
+PAPER_OUTLIER_WEIGHT = 0.5
 
 
-def check_score_settings(width: int, group_size: int, alpha: float, score_input: str) -> None:
+def check_score_settings(
+    width: int, group_size: int, alpha: float, score_input: str, outlier_weight: float = PAPER_OUTLIER_WEIGHT
+) -> None:
     """Check the settings of a hybrid score.
 
     Args:
@@ -34,15 +38,18 @@ def check_score_settings(width: int, group_size: int, alpha: float, score_input:
         group_size: Channels that share one simulated INT4 scale.
         alpha: Weight of the semantic relevance.
         score_input: `raw` or `rms`.
+        outlier_weight: Weight of the outlier intensity.
 
     Raises:
-        InputError: The group size does not divide the width, alpha is outside [0, 1], or `score_input` is not
+        InputError: The group size does not divide the width, a weight is outside [0, 1], or `score_input` is not
             known.
     """
     if group_size < 1 or width % group_size:
         raise InputError(f"group_size {group_size} does not divide the feature width {width}")
     if not 0.0 <= alpha <= 1.0:
         raise InputError(f"alpha is {alpha}; it must be in [0, 1]")
+    if not 0.0 <= outlier_weight <= 1.0:
+        raise InputError(f"outlier_weight is {outlier_weight}; it must be in [0, 1]")
     if score_input not in get_args(ScoreInput):
         raise InputError(f"score_input is {score_input!r}; choose one of {list(get_args(ScoreInput))}")
 
@@ -169,13 +176,14 @@ def hybrid_token_score(
     semantic: npt.NDArray[Any],
     *,
     group_size: int,
-    alpha: float = 0.5,
+    alpha: float = PAPER_ALPHA,
     score_input: ScoreInput = "raw",
+    outlier_weight: float = PAPER_OUTLIER_WEIGHT,
 ) -> Float32:
     """Hybrid score `S = alpha * minmax(semantic) + (1 - alpha) * SQ` of each token.
 
-    `SQ = 0.5 * minmax(E) + 0.5 * minmax(R)`. The semantic relevance comes in as its scorer produced it; it is
-    scaled here.
+    `SQ = (1 - w) * minmax(E) + w * minmax(R)`; the paper's w is 0.5. The semantic relevance comes in as its scorer
+    produced it; it is scaled here.
 
     Args:
         image_features: The vision projector's output, shape [B, N, D], floating point.
@@ -184,6 +192,7 @@ def hybrid_token_score(
         alpha: 1 is semantic pruning alone, 0 quantization sensitivity alone.
         score_input: Compute E and R on the features as they are (`raw`, the paper) or divided by each token's
             root mean square (`rms`).
+        outlier_weight: w: 1 is the outlier intensity R alone, 0 the quantization error E alone.
 
     Returns:
         Shape [B, N], float32: higher is kept first.
@@ -195,12 +204,37 @@ def hybrid_token_score(
     relevance = as_float32("semantic", semantic, 2)
     if relevance.shape != values.shape[:2]:
         raise InputError(f"semantic has shape {list(relevance.shape)}; expected {list(values.shape[:2])}")
-    check_score_settings(values.shape[-1], group_size, alpha, score_input)
+    check_score_settings(values.shape[-1], group_size, alpha, score_input, outlier_weight)
     scored = root_mean_square_normalize(values) if score_input == "rms" else values
-    error = minmax(quantization_error(scored, group_size))
-    outliers = minmax(outlier_intensity(scored))
-    half, weight = np.float32(0.5), np.float32(alpha)
-    rest = np.float32(np.float32(1.0) - weight)
-    sensitivity: Float32 = error * half + outliers * half
-    score: Float32 = minmax(relevance) * weight + sensitivity * rest
+    error, outlier = quantization_error(scored, group_size), outlier_intensity(scored)
+    return mix_token_score(error, outlier, relevance, alpha=alpha, outlier_weight=outlier_weight)
+
+
+def mix_token_score(
+    error: npt.NDArray[Any],
+    outlier: npt.NDArray[Any],
+    semantic: npt.NDArray[Any],
+    *,
+    alpha: float,
+    outlier_weight: float,
+) -> Float32:
+    """The hybrid score from its parts, each scaled over the tokens of an image here.
+
+    Args:
+        error: Quantization error E, shape [B, N], floating point.
+        outlier: Outlier intensity R, of that shape.
+        semantic: Semantic relevance, of that shape.
+        alpha: See `hybrid_token_score`.
+        outlier_weight: See `hybrid_token_score`.
+
+    Returns:
+        Shape [B, N], float32.
+
+    Raises:
+        InputError: Bad shape, dtype or setting; NaN or infinity.
+    """
+    check_score_settings(1, 1, alpha, "raw", outlier_weight)
+    one, weight, of_outlier = np.float32(1.0), np.float32(alpha), np.float32(outlier_weight)
+    sensitivity: Float32 = minmax(error) * np.float32(one - of_outlier) + minmax(outlier) * of_outlier
+    score: Float32 = minmax(semantic) * weight + sensitivity * np.float32(one - weight)
     return score

@@ -109,8 +109,9 @@ class VisionReference:
             features,
             compared[0] if compared else self._semantic(tensors, features, relevance),
             group_size=settings.group_size,
-            alpha=recipe.alpha,
+            alpha=settings.alpha,
             score_input=recipe.score_input,
+            outlier_weight=settings.outlier_weight,
         )
         kept = tokens_to_keep(count, recipe.keep) if settings.tokens_kept is None else settings.tokens_kept
         return Selection(select_tokens(recipe.select, features, scores, kept), scores, features)

@@ -155,6 +155,7 @@ def test_what_the_walk_has_passed_is_gone(tmp_path: Path) -> None:
     walk.advance([_value(model, "y")])
     with pytest.raises(KeyError):
         next(walk.read(_value(model, "a")))
+    assert [walk.passed(_value(model, name)) for name in ("a", "y")] == [True, False]
 
 
 def test_a_walk_leaves_the_model_as_it_is(tmp_path: Path) -> None:

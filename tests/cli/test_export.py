@@ -111,6 +111,13 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "keep of three numbers": (lambda _: None, ["--keep", "0.1:0.2:0.3"], "nor a range, like 0.05:0.5"),
     "keep range that descends": (lambda _: None, ["--keep", "0.5:0.05"], "keep_range = (0.5, 0.05) is not valid"),
     "unknown scorer": (lambda _: None, ["--semantic", "vibes"], "semantic = 'vibes'"),
+    "alpha that is no number": (lambda _: None, ["--alpha", "best"], "give a number in [0, 1], or auto"),
+    "outlier weight above one": (lambda _: None, ["--outlier-weight", "1.5"], "outlier_weight = 1.5"),
+    "weights of scores that are ignored": (
+        lambda _: None,
+        ["--alpha", "auto", "--select", "maxmin"],
+        "alpha auto weighs scores, and select maxmin ignores them",
+    ),
     "unknown recipe": (lambda _: None, ["--recipe", "magic"], "choose one of rtn, rotate"),
     "recipe file that is not there": (
         lambda _: None,
@@ -282,7 +289,9 @@ def test_dry_run_predicts_the_size_of_the_bundle(
     assert data == pytest.approx(plan["bundle_bytes"], rel=0.15)
 
 
-def test_gptq_on_the_users_prompts(tmp_path: Path, tiny_llava: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_gptq_and_alpha_auto_on_the_users_prompts(
+    tmp_path: Path, tiny_llava: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     data = tmp_path / "photos"
     data.mkdir()
     rng = np.random.default_rng(0)
@@ -290,11 +299,15 @@ def test_gptq_on_the_users_prompts(tmp_path: Path, tiny_llava: Path, capfd: pyte
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(data / f"{number}.png")
     (data / "1.txt").write_text("what is left ?")
     flags = ["--recipe", "auto", "--size-budget", "0.2", "--calibration", str(data), "--calibration-samples", "2"]
+    flags += ["--alpha", "auto"]
     assert _run("--model", str(tiny_llava), "-o", str(tmp_path / "bundle"), "--json", *flags) == 0
     facts = json.loads(capfd.readouterr().out)
     assert facts["parity"]["verdict"] == "PASS"
     assert (facts["calibration"]["data"], facts["calibration"]["prompts"]) == ("photos", 2)
     assert len(facts["calibration"]["sensitivity"]) == 14
+    fit = facts["alpha_fit"]
+    assert (fit["images"], len(fit["candidates"])) == (2, 13)
+    assert fit["chosen"] == {name: facts["recipe"][name] for name in ("alpha", "outlier_weight")}
     assert facts["decoder_linears"]["w8a8"] >= 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "photos"]
     assert not list((tmp_path / "bundle").glob("scratch*"))

@@ -29,7 +29,7 @@ SPECS = {
     "sensitivity-rms-bf16": token_sensitivity_spec("bf16", 1152, 128, "rms"),
     "mix": mix_token_score_spec(576, 0.5),
     "codes": token_codes_spec("fp32", 4096),
-    "products": token_products_spec(576, 4096),
+    "products": token_products_spec(576, 1024),
     "dpp": select_dpp_spec(576, 72),
     "dpp-2880": select_dpp_spec(2880, 360),
     "maxmin": select_maxmin_spec(2880, 360),

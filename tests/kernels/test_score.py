@@ -116,11 +116,13 @@ def test_every_tiling_scores_any_number_of_tokens(interpreter: Interpreter, tili
     np.testing.assert_array_equal(outlier, outlier_intensity(values)[0])
 
 
-def _mix(interpreter: Interpreter, error: Array, outlier: Array, semantic: Array, alpha: float) -> Array:
+def _mix(
+    interpreter: Interpreter, error: Array, outlier: Array, semantic: Array, alpha: float, outlier_weight: float = 0.5
+) -> Array:
     images, tokens = error.shape
     score = np.full(images * tokens + GUARD, np.nan, np.float32)
     results = interpreter.run(
-        mix_token_score_spec(tokens, alpha),
+        mix_token_score_spec(tokens, alpha, outlier_weight),
         mix_token_score_grid(images),
         {"error": error, "outlier": outlier, "semantic": semantic, "tokens": tokens, "score": score},
     )
@@ -128,9 +130,11 @@ def _mix(interpreter: Interpreter, error: Array, outlier: Array, semantic: Array
     return results["score"][: images * tokens].reshape(images, tokens)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("alpha", "outlier_weight"), [(0.0, 0.25), (0.3, 0.5), (0.3, 1.0), (0.3, 0.0), (1.0, 0.5)])
 @pytest.mark.parametrize(("images", "tokens"), [(3, 1), (2, 49), (2, 576), (1, 2049)])
-def test_the_mix_has_the_references_bits(interpreter: Interpreter, images: int, tokens: int, alpha: float) -> None:
+def test_the_mix_has_the_references_bits(
+    interpreter: Interpreter, images: int, tokens: int, alpha: float, outlier_weight: float
+) -> None:
     draw = np.random.default_rng(tokens)
     error, outlier, semantic = draw.standard_normal((3, images, tokens)).astype(np.float32)
     # A constant image; the extremes at the end, where a cut tail would miss them.
@@ -138,10 +142,10 @@ def test_the_mix_has_the_references_bits(interpreter: Interpreter, images: int, 
     # So close together that eps counts.
     outlier[-1] *= 1e-8
     error[-1, -1], semantic[-1, -1] = 50.0, -50.0
-    weight, half = np.float32(alpha), np.float32(0.5)
-    sensitivity = minmax(error) * half + minmax(outlier) * half
-    expected = minmax(semantic) * weight + sensitivity * (np.float32(1.0) - weight)
-    np.testing.assert_array_equal(_mix(interpreter, error, outlier, semantic, alpha), expected)
+    one, weight, mix = np.float32(1.0), np.float32(alpha), np.float32(outlier_weight)
+    sensitivity = minmax(error) * (one - mix) + minmax(outlier) * mix
+    expected = minmax(semantic) * weight + sensitivity * (one - weight)
+    np.testing.assert_array_equal(_mix(interpreter, error, outlier, semantic, alpha, outlier_weight), expected)
 
 
 def test_one_specification_mixes_any_number_of_tokens(interpreter: Interpreter) -> None:
@@ -201,3 +205,5 @@ def test_variants_that_do_not_exist(dtype: str, width: int, group_size: int, mes
 def test_a_weight_outside_its_range() -> None:
     with pytest.raises(InputError, match="alpha"):
         mix_token_score_spec(576, 1.5)
+    with pytest.raises(InputError, match="outlier_weight"):
+        mix_token_score_spec(576, 0.5, -1.0)

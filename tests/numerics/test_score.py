@@ -62,6 +62,30 @@ def test_score_by_hand() -> None:
     np.testing.assert_allclose(hybrid_token_score(v, semantic, group_size=2, alpha=0.25), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("outlier_weight", "sensitivity"), [(0.0, [1.0, 0.0, 0.0]), (0.25, [0.865, 0.25, 0.0]), (1.0, [0.46, 1.0, 0.0])]
+)
+def test_the_mix_of_error_and_outliers_by_hand(outlier_weight: float, sensitivity: list[float]) -> None:
+    # Scales 1, 2, 0. Token 0: E = 0.4, R = 4.6; token 1: E = 0, R = 10; token 2: zeros.
+    # minmax(E) = [1, 0, 0], minmax(R) = [0.46, 1, 0]; minmax(semantic) = [0, 0.25, 1].
+    v = np.array([[[7.0, 2.4], [14.0, 4.0], [0.0, 0.0]]], np.float32)
+    semantic = np.array([[1.0, 2.0, 5.0]], np.float32)
+    alone = hybrid_token_score(v, semantic, group_size=2, alpha=0.0, outlier_weight=outlier_weight)
+    np.testing.assert_allclose(alone, [sensitivity], atol=1e-6)
+    mixed = hybrid_token_score(v, semantic, group_size=2, alpha=0.2, outlier_weight=outlier_weight)
+    expected = 0.8 * np.array(sensitivity) + 0.2 * np.array([0.0, 0.25, 1.0])
+    np.testing.assert_allclose(mixed, [expected], atol=1e-6)
+
+
+def test_the_paper_s_mix_keeps_its_bits() -> None:
+    rng = np.random.default_rng(4)
+    v, semantic = rng.standard_normal((2, 31, 24)).astype(np.float32), rng.random((2, 31), dtype=np.float32)
+    half = np.float32(0.5)
+    sensitivity = minmax(quantization_error(v, 8)) * half + minmax(outlier_intensity(v)) * half
+    expected = minmax(semantic) * np.float32(0.3) + sensitivity * (np.float32(1.0) - np.float32(0.3))
+    np.testing.assert_array_equal(hybrid_token_score(v, semantic, group_size=8, alpha=0.3), expected)
+
+
 def test_rms_input_ignores_a_token_s_norm() -> None:
     rng = np.random.default_rng(0)
     token = rng.standard_normal(16)
@@ -152,6 +176,7 @@ P = np.ones((1, 3), np.float32)
         (V, P, {"group_size": 0}, "does not divide"),
         (V, P, {"group_size": 8, "alpha": 1.5}, "alpha is 1.5"),
         (V, P, {"group_size": 8, "alpha": float("nan")}, "alpha is nan"),
+        (V, P, {"group_size": 8, "outlier_weight": -0.1}, "outlier_weight is -0.1"),
         (V, P, {"group_size": 8, "score_input": "log"}, "score_input is 'log'"),
         (V.astype(np.int32), P, {"group_size": 8}, "dtype int32"),
         (V[:, :0], P, {"group_size": 8}, "must not be empty"),

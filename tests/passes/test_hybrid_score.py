@@ -12,7 +12,7 @@ from qavp_export.errors import GraphError, InputError
 from qavp_export.numerics.score import ScoreInput, hybrid_token_score
 from qavp_export.numerics.select import select_topk
 from qavp_export.numerics.semantic import norm_relevance, random_relevance
-from qavp_export.passes import InsertHybridScore, SelectGather, functions
+from qavp_export.passes import InsertHybridScore, SelectGather, functions, set_score_weights
 from qavp_export.passes.hybrid_score import SCORE
 from tests.passes.graphs import Array, graph, op_types, run, session
 
@@ -67,7 +67,11 @@ KINDS: dict[str, Generator] = {
 
 
 def _scoring_graph(
-    size: tuple[int, int, int, int], score_input: ScoreInput, alpha: float, features: str = "float"
+    size: tuple[int, int, int, int],
+    score_input: ScoreInput,
+    alpha: float,
+    features: str = "float",
+    outlier_weight: float = 0.5,
 ) -> ir.Model:
     """The function node alone, with the semantic relevance as a graph input, and the selection behind it."""
     tokens, width, group_size, kept = size
@@ -82,6 +86,7 @@ def _scoring_graph(
         {
             "group_size": group_size,
             "alpha": alpha,
+            "outlier_weight": outlier_weight,
             "plugin_namespace": "qavp",
             "plugin_version": "1",
             "aot": 1,
@@ -99,21 +104,24 @@ def _scoring_graph(
 @pytest.mark.parametrize("score_input", ["raw", "rms"])
 def test_graph_equals_reference_on_200_inputs(score_input: ScoreInput, optimize: bool) -> None:
     """Scores and kept indices equal bit for bit, so near-ties need no exception."""
-    alphas = [0.5, 0.3, 0.0, 1.0, 0.5, 0.7]
+    # (alpha, outlier_weight)
+    weights = [(0.5, 0.5), (0.3, 0.0), (0.0, 0.25), (1.0, 1.0), (0.5, 0.5), (0.7, 1.0)]
     sessions = [
-        session(_scoring_graph(size, score_input, alpha), optimize=optimize)
-        for size, alpha in zip(SIZES, alphas, strict=True)
+        session(_scoring_graph(size, score_input, alpha, outlier_weight=mix), optimize=optimize)
+        for size, (alpha, mix) in zip(SIZES, weights, strict=True)
     ]
     names = list(KINDS)
     for seed in range(200):
         case, kind = seed % len(SIZES), names[seed // len(SIZES) % len(names)]
-        (tokens, width, group_size, kept), alpha = SIZES[case], alphas[case]
+        (tokens, width, group_size, kept), (alpha, mix) = SIZES[case], weights[case]
         rng = np.random.default_rng(seed)
         features = KINDS[kind](rng, (2, tokens, width))
         # Every third input has ties in the semantic relevance as well.
         semantic = rng.random((2, tokens), dtype=np.float32)
         semantic = np.round(semantic * 2) if seed % 3 == 0 else semantic
-        expected = hybrid_token_score(features, semantic, group_size=group_size, alpha=alpha, score_input=score_input)
+        expected = hybrid_token_score(
+            features, semantic, group_size=group_size, alpha=alpha, score_input=score_input, outlier_weight=mix
+        )
         indices = select_topk(expected, kept)
         gathered, score, chosen = sessions[case].run(None, {"features": features, "semantic": semantic})
         where = f"seed {seed}, {kind}"
@@ -194,13 +202,14 @@ def test_scorers_that_need_no_attention(scorer: str, opset: int) -> None:
 
 def test_score_is_one_function_node_that_a_plugin_can_replace() -> None:
     model = _features_graph()
-    InsertHybridScore(semantic="norm", alpha=0.25, score_input="rms", group_size=24)(model)
+    InsertHybridScore(semantic="norm", alpha=0.25, score_input="rms", group_size=24, outlier_weight=0.75)(model)
     node = model.graph[-1]
     assert (node.domain, node.op_type) == ("qavp", "HybridTokenScore")
     assert node.name == "/prune/score/HybridTokenScore"
     assert {name: attr.value for name, attr in node.attributes.items()} == {
         "group_size": 24,
         "alpha": 0.25,
+        "outlier_weight": 0.75,
         "score_input": "rms",
         "plugin_namespace": "qavp",
         "plugin_version": "1",
@@ -264,6 +273,20 @@ def test_scoring_twice_is_refused() -> None:
         InsertHybridScore(semantic="norm")(model)
 
 
+def test_weights_can_be_set_later() -> None:
+    model, later = _features_graph(), _features_graph()
+    InsertHybridScore(semantic="norm", alpha=0.25, outlier_weight=0.75)(model)
+    InsertHybridScore(semantic="norm")(later)
+    set_score_weights(later, 0.25, 0.75)
+    assert ir.to_proto(later).SerializeToString(deterministic=True) == ir.to_proto(model).SerializeToString(
+        deterministic=True
+    )
+    with pytest.raises(InputError, match="outlier_weight is 2"):
+        set_score_weights(later, 0.5, 2.0)
+    with pytest.raises(GraphError, match="has no value named"):
+        set_score_weights(_features_graph(), 0.5, 0.5)
+
+
 def test_another_function_of_the_same_name_is_refused() -> None:
     model = _features_graph()
     functions.add_function(model, functions.hybrid_token_score(64, 23, "raw"))
@@ -276,6 +299,7 @@ def test_another_function_of_the_same_name_is_refused() -> None:
     [
         ({"semantic": "clip"}, "semantic is 'clip'"),
         ({"alpha": -0.1}, "alpha is -0.1"),
+        ({"outlier_weight": 1.5}, "outlier_weight is 1.5"),
         ({"group_size": 0}, "group_size 0"),
         ({"score_input": "l2"}, "score_input is 'l2'"),
         ({"seed": -1}, "seed is -1"),

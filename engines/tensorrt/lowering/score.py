@@ -78,8 +78,9 @@ def _cut(model: ir.Model, node: ir.Node, function: ir.Function) -> None:
     )
     outlier = builder.nodes[-1].outputs[1]
     outlier.dtype, outlier.shape = _FLOAT, ir.Shape(shape)
-    attributes = {"alpha": node.attributes["alpha"].as_float(), **PLUGIN_ATTRIBUTES}
+    weights = {name: node.attributes[name].as_float() for name in ("alpha", "outlier_weight")}
     inputs = [error, outlier, semantic]
-    score = builder.op(MIX_TOKEN_SCORE, MIX_TOKEN_SCORE, inputs, _FLOAT, shape, attributes, domain=DOMAIN)
+    mix = {**weights, **PLUGIN_ATTRIBUTES}
+    score = builder.op(MIX_TOKEN_SCORE, MIX_TOKEN_SCORE, inputs, _FLOAT, shape, mix, domain=DOMAIN)
     model.graph.insert_before(node, builder.nodes)
     replace_value(node.outputs[0], score)

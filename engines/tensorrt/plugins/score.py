@@ -57,7 +57,7 @@ class MixTokenScore(Plugin):
 
     name = MIX_TOKEN_SCORE
     inputs = ("error", "outlier", "semantic")
-    settings = MappingProxyType({"alpha": float})
+    settings = MappingProxyType({"alpha": float, "outlier_weight": float})
     outputs = ("FLOAT",)
 
     def shapes(self, inputs: Sequence[Sequence[Any]], settings: Mapping[str, Setting]) -> list[tuple[Any, ...]]:
@@ -72,8 +72,8 @@ class MixTokenScore(Plugin):
         del tactic, cdiv
         error = inputs[0]
         tokens = error.sizes[-1] if error.sizes[-1] > 0 else None
-        kernel = compiler(mix_token_score_spec(tokens, float(settings["alpha"])))
-        return Launch(kernel, (error.rows, 1, 1), (error.exprs[-1],))
+        spec = mix_token_score_spec(tokens, float(settings["alpha"]), float(settings["outlier_weight"]))
+        return Launch(compiler(spec), (error.rows, 1, 1), (error.exprs[-1],))
 
 
 def _score_input(settings: Mapping[str, Setting]) -> ScoreInput:
