@@ -34,7 +34,7 @@ from qavp_export.source import open_source
 from qavp_export.text_tower import open_text_tower
 from qavp_export.verify import verify
 from tests.families.harness import open_graph
-from tests.models.clip import CONTEXT, END, make_clip
+from tests.models.clip import CONTEXT, END, clip_relevance, make_clip
 from tests.models.llava_next import make_llava_next
 from tests.models.tiny import TinySpec, make_llava
 from tests.models.vipllava import make_vipllava
@@ -59,15 +59,7 @@ class Case:
 
     def relevance(self, pixels: np.ndarray, questions: list[str]) -> np.ndarray:
         """What transformers' CLIP and the reference say of patches; the tower is CLIP's own."""
-        tokens = AutoTokenizer.from_pretrained(self.clip)(
-            questions, padding=True, truncation=True, max_length=CONTEXT, return_tensors="pt"
-        )
-        model = self.model
-        with torch.no_grad():
-            text = model.get_text_features(**tokens).pooler_output
-            states = model.vision_model(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
-            image = model.visual_projection(model.vision_model.post_layernorm(states[-2][:, 1:]))
-        return text_relevance(image.numpy(), text.numpy())
+        return clip_relevance(self.clip, pixels, questions)
 
     def export(self, target: Path, preset: str = "none", **fields: Any) -> Manifest:
         """Exports with the scorer `text`."""

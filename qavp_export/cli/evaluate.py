@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from qavp_export.cli.evaluate_options import (
     ArmsOption,
     BaselineOption,
     BatchOption,
+    ClipOption,
     DataOption,
     DebugOption,
     EngineOption,
@@ -27,12 +28,14 @@ from qavp_export.cli.evaluate_options import (
     MaxNewTokensOption,
     ModelOption,
     OfflineOption,
+    PrecisionFallbackOption,
     PromptOption,
     QuestionsOption,
     QuietOption,
     RecipeOption,
     RevisionOption,
     SeedOption,
+    SmOption,
     SuffixOption,
     ThreadsOption,
     WorkOption,
@@ -42,6 +45,7 @@ from qavp_export.errors import InputError
 
 # Imported where they are used: they bring torch, and --help should be quick.
 if TYPE_CHECKING:
+    from qavp_export.engines.tensorrt.targets import EngineTargets
     from qavp_export.evaluate.arms import Arm
     from qavp_export.evaluate.bundles import Bundles
     from qavp_export.evaluate.datasets import DataSet, Item
@@ -71,6 +75,7 @@ def evaluate_command(
     baseline: BaselineOption = None,
     keep: KeepOption = 0.125,
     recipe: RecipeOption = "rotate",
+    clip: ClipOption = None,
     questions: QuestionsOption = None,
     seed: SeedOption = 0,
     fidelity: FidelityOption = False,
@@ -80,6 +85,8 @@ def evaluate_command(
     max_new_tokens: MaxNewTokensOption = 16,
     batch: BatchOption = 20,
     engine: EngineOption = "ort-cpu",
+    sm: SmOption = None,
+    allow_precision_fallback: PrecisionFallbackOption = False,
     threads: ThreadsOption = None,
     work: WorkOption = Path("eval_bundles"),
     json_file: JsonOption = None,
@@ -91,7 +98,8 @@ def evaluate_command(
     """Compare arms of one checkpoint (full precision, W4A4, pruned, random) on the same questions."""
     del debug  # read by run_command
     from qavp_export.evaluate.arms import choose_arms
-    from qavp_export.evaluate.run import Setup
+    from qavp_export.evaluate.run import Setup, leave_out
+    from qavp_export.evaluate.targets import engine_targets, parse_capabilities
 
     if list_arms:
         _list_arms()
@@ -99,14 +107,19 @@ def evaluate_command(
     if not model:
         raise InputError("--model is missing; see qavp-eval --help")
     chosen = choose_arms(_split(arms) or ([] if arm else ["paper"]), arm or [])
-    compared = baseline or chosen[0].name
-    if compared not in [one.name for one in chosen]:
-        raise InputError(f"--baseline {compared[:40]!r} is none of the arms: {', '.join(one.name for one in chosen)}")
+    checkpoints = _Checkpoints(model, revision, clip, offline, quiet)
+    options = EngineOptions(threads=threads)
+    setup = Setup(recipe, keep, seed, engine, options, batch, max_new_tokens, checkpoints.clip_name)
+    targets = engine_targets(
+        engine, parse_capabilities(_split(sm)), batch, allow_precision_fallback=allow_precision_fallback
+    )
     asked = _Asked.read(data, fidelity, images, prompt, suffix, questions, seed)
-    setup = Setup(recipe, keep, seed, engine, EngineOptions(threads=threads), batch, max_new_tokens)
     _check_writable(json_file)
-    bundles, name = _open(model, revision, work, setup, offline=offline, quiet=quiet)
-    found = {"model": name, **_evaluate(bundles, chosen, setup, asked, quiet=quiet)}
+    bundles = checkpoints.open(work, targets)
+    chosen, left_out = leave_out(bundles, chosen, setup)
+    compared = _baseline(baseline, chosen)
+    _tell(left_out)
+    found = {"model": checkpoints.name, **_evaluate(bundles, chosen, setup, asked, quiet=quiet), "left_out": left_out}
     if json_file is not None:
         json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     from qavp_export.evaluate.tables import print_report
@@ -144,17 +157,58 @@ class _Asked:
         return cls(None, read_images(images, prompt + suffix, questions, seed))
 
 
-def _open(
-    model: str, revision: str | None, work: Path, setup: Setup, *, offline: bool, quiet: bool
-) -> tuple[Bundles, str]:
-    """Returns where bundles of the checkpoint are, and the model's name without the folders that lead to it."""
-    from qavp_export.evaluate.bundles import Bundles
-    from qavp_export.evaluate.run import engine_targets
-    from qavp_export.hub import resolve_model
+@dataclass(frozen=True)
+class _Checkpoints:
+    """The model and, where an arm reads the question, the CLIP of its tower, as the user names them."""
 
-    folder = resolve_model(model, revision=revision, offline=offline, progress=not quiet).folder
-    name = Path(model).resolve().name if Path(model).exists() else model
-    return Bundles(folder, name, work, engine_targets(setup)), name
+    model: str
+    revision: str | None
+    clip: str | None
+    offline: bool
+    quiet: bool
+
+    @property
+    def name(self) -> str:
+        """The model's name without the folders that lead to it."""
+        return _name(self.model)
+
+    @property
+    def clip_name(self) -> str | None:
+        """CLIP's name likewise."""
+        return None if self.clip is None else _name(self.clip)
+
+    def open(self, work: Path, targets: EngineTargets | None) -> Bundles:
+        """Returns where bundles of the checkpoint are; downloads what is missing."""
+        from qavp_export.evaluate.bundles import Bundles
+
+        folder = self._resolve(self.model, self.revision)
+        clip = None if self.clip is None else (self._resolve(self.clip, None), _name(self.clip))
+        return Bundles(folder, self.name, work, targets, clip)
+
+    def _resolve(self, model: str, revision: str | None) -> Path:
+        from qavp_export.hub import resolve_model
+
+        return resolve_model(model, revision=revision, offline=self.offline, progress=not self.quiet).folder
+
+
+def _name(model: str) -> str:
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def _baseline(named: str | None, arms: Sequence[Arm]) -> str:
+    names = [arm.name for arm in arms]
+    if named is not None and named not in names:
+        raise InputError(f"--baseline {named[:40]!r} is none of the arms: {', '.join(names)}")
+    return named or names[0]
+
+
+def _tell(left_out: Mapping[str, str]) -> None:
+    """Says which arms of a group are not there, a line for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        names.setdefault(reason, []).append(name)
+    for reason, members in names.items():
+        typer.echo(f"left out: {', '.join(members)}: {reason}", err=True)
 
 
 def _evaluate(bundles: Bundles, arms: Sequence[Arm], setup: Setup, asked: _Asked, *, quiet: bool) -> dict[str, Any]:
@@ -182,10 +236,11 @@ def _split(options: list[str] | None) -> list[str]:
 def _list_arms() -> None:
     from qavp_export.evaluate.arms import ARMS, GROUPS
 
+    width = max(map(len, ARMS))
     for name, arm in ARMS.items():
         fields = dict(arm.fields) | ({} if arm.pruned else {"keep": 1.0})
         settings = ", ".join(f"{key} {value}" for key, value in fields.items())
         seeds = f", {arm.seeds} seeds" if arm.seeds > 1 else ""
-        typer.echo(f"{name:18} {arm.preset or '--recipe'}: {settings}{seeds}")
+        typer.echo(f"{name:{width}} {arm.preset or '--recipe'}: {settings}{seeds}")
     for name, members in GROUPS.items():
         typer.echo(f"group {name}: {', '.join(members)}")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from qavp_export.engines import ENGINES
+
 ModelOption = Annotated[
     str, typer.Option("--model", help="Checkpoint folder, Hub id, or a name from qavp-export --list-models.")
 ]
@@ -19,7 +21,7 @@ DataOption = Annotated[
 ]
 ArmsOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME[,NAME]", help="Arms, or groups of them: paper, selectors, all. [default: paper]"),
+    typer.Option(metavar="NAME[,NAME]", help="Arms, or groups: paper, selectors, scorers, all. [default: paper]"),
 ]
 ArmOption = Annotated[
     list[str] | None,
@@ -31,6 +33,13 @@ BaselineOption = Annotated[
 ]
 KeepOption = Annotated[float, typer.Option(help="Fraction of vision tokens that pruned arms keep.")]
 RecipeOption = Annotated[str, typer.Option(metavar="NAME|FILE", help="Recipe of the arms named w4a4.")]
+ClipOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CHECKPOINT",
+        help="For arms whose scorer is text: the CLIP that the vision tower comes from, a folder or Hub id.",
+    ),
+]
 QuestionsOption = Annotated[
     int | None, typer.Option(help="Most questions or pictures, drawn by the seed. [default: all; of the demo 600]")
 ]
@@ -46,7 +55,22 @@ PromptOption = Annotated[str, typer.Option(help="What --fidelity asks of the pic
 SuffixOption = Annotated[str, typer.Option(help="Text behind every question.")]
 MaxNewTokensOption = Annotated[int, typer.Option(help="Most tokens of an answer.")]
 BatchOption = Annotated[int, typer.Option(help="Questions at once.")]
-EngineOption = Annotated[str, typer.Option(help="What runs the bundles.")]
+EngineOption = Annotated[
+    str,
+    typer.Option(metavar="NAME", help=f"What runs the bundles here; TensorRT's are built first: {', '.join(ENGINES)}."),
+]
+SmOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sm",
+        metavar="NN[,NN]",
+        help="Compute capabilities that tensorrt-rtx builds for, the GPU's among them. [default: the GPU's]",
+    ),
+]
+PrecisionFallbackOption = Annotated[
+    bool,
+    typer.Option("--allow-precision-fallback", help="Keep TensorRT engines that run layers in another precision."),
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads; all cores if left out.")]
 WorkOption = Annotated[
     Path, typer.Option(metavar="DIR", help="Where bundles are exported to, and found again by the next run.")

@@ -34,12 +34,15 @@ class ArmScores:
         manifest: The manifest of its first seed's bundle.
         bundles: Folder names of its bundles, one for each seed.
         scores: Score of each seed's answer to each question `[seeds, n]`.
+        foreground_kept: Share of the tokens showing an object that survive, mean over pictures and seeds; None where
+            the data or the model do not tell.
     """
 
     arm: Arm
     manifest: Manifest
     bundles: tuple[str, ...]
     scores: npt.NDArray[np.float64]
+    foreground_kept: float | None = None
 
     def to_dict(self, kinds: Sequence[str], seed: int) -> dict[str, Any]:
         """Returns the figures as JSON values.
@@ -67,6 +70,7 @@ class ArmScores:
             "seeds": len(self.scores),
             "accuracy_by_seed": self.scores.mean(axis=1).tolist(),
             "vision_tokens": {"before": tokens.before, "after": tokens.after},
+            "foreground_kept": self.foreground_kept,
             "recipe": self.manifest.recipe,
             "bundles": list(self.bundles),
         }
@@ -130,6 +134,30 @@ def score_items(
         scores += [judge(answer.strip(), item) for answer, item in zip(answers, items, strict=True)]
         done(len(scores))
     return np.array(scores, np.float64)
+
+
+def foreground_kept(model: QavpModel, items: Sequence[Item], batch: int) -> float | None:
+    """Returns the share of the tokens showing an object that a model keeps, mean over pictures.
+
+    Args:
+        model: The model.
+        items: The questions; those whose foreground is empty or not known do not count.
+        batch: Questions at once.
+
+    Returns:
+        0 to 1; None if no foreground is known, or it is that of a model with other vision tokens.
+    """
+    tokens = model.manifest.vision_tokens.before
+    known = [(item, item.foreground) for item in items if item.foreground is not None and item.foreground.any()]
+    if not known or any(mask.size != tokens for _, mask in known):
+        return None
+    shares: list[float] = []
+    for start in range(0, len(known), batch):
+        part = known[start : start + batch]
+        shown = [item for item, _ in part]
+        kept = model.prepare(pictures(shown), [item.prompt for item in shown]).kept_indices
+        shares += [float(mask[indices].sum() / mask.sum()) for (_, mask), indices in zip(part, kept, strict=True)]
+    return float(np.mean(shares))
 
 
 def pictures(items: Sequence[Item]) -> list[ImagesOfPrompt]:

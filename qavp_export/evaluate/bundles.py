@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -10,9 +11,10 @@ from qavp_export import pipeline
 from qavp_export.engines.tensorrt.targets import EngineTargets
 from qavp_export.errors import BundleError
 from qavp_export.manifest import MANIFEST_NAME, Manifest
-from qavp_export.recipe import Recipe
-from qavp_export.settings import settle
+from qavp_export.recipe import Recipe, check_clip
+from qavp_export.settings import choose_scorer, settle
 from qavp_export.source import open_source
+from qavp_export.text_tower import open_text_tower
 
 _DIGITS = 12
 
@@ -20,24 +22,44 @@ _DIGITS = 12
 class Bundles:
     """The bundles of one checkpoint.
 
-    A bundle's folder is named after everything that shapes it (recipe, versions, calibration data, and the checkpoint's
-    configuration with sizes and times of its files), so that another recipe or checkpoint never meets an old bundle.
+    A bundle's folder is named after everything that shapes it (recipe, versions, calibration data, and the checkpoints'
+    configurations with sizes and times of their files), so that another recipe or checkpoint never meets an old bundle.
 
     Args:
         checkpoint: The checkpoint folder.
         name: The model as the user named it.
         work: Where bundles are; made if missing.
         targets: What is built beside the engines of ONNX Runtime; None: nothing.
+        clip: Folder and name of the CLIP checkpoint that the scorer `text` needs; None: there is none.
 
     Raises:
-        CheckpointError: The checkpoint is incomplete, corrupt or not supported.
+        CheckpointError: A checkpoint is incomplete, corrupt or not supported.
+        RecipeError: The CLIP checkpoint is not that of the model's vision tower.
     """
 
-    def __init__(self, checkpoint: Path, name: str, work: Path, targets: EngineTargets | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        name: str,
+        work: Path,
+        targets: EngineTargets | None = None,
+        clip: tuple[Path, str] | None = None,
+    ) -> None:
         self._source = open_source(checkpoint, name)
+        self._tower = None if clip is None else open_text_tower(*clip, self._source.config)
         self._checkpoint = checkpoint
         self._work = work
         self._targets = targets
+        self._clip = clip
+
+    def check_scorer(self, recipe: Recipe) -> None:
+        """Checks that the checkpoint can serve a recipe's scorer.
+
+        Raises:
+            RecipeError: It cannot, or the scorer needs a CLIP checkpoint and there is none.
+        """
+        choose_scorer(recipe, self._source.family, self._source.plan)
+        check_clip(recipe, given=self._clip_for(recipe) is not None)
 
     def path(self, recipe: Recipe) -> Path:
         """Returns where the recipe's bundle is or will be.
@@ -46,7 +68,10 @@ class Bundles:
             RecipeError: The recipe does not fit the checkpoint.
         """
         settings = settle(recipe, self._source.family, self._source.plan)
-        identity = pipeline.identify(self._source, settings, pipeline.draw_prompts(recipe, None))
+        source = self._source
+        if settings.reads_question:
+            source = dataclasses.replace(source, text_tower=self._tower)
+        identity = pipeline.identify(source, settings, pipeline.draw_prompts(recipe, None))
         engines = None if self._targets is None else repr(self._targets)
         # Paths among the fields of a configuration are text; everything else is JSON already.
         text = json.dumps([identity, engines], sort_keys=True, default=str)
@@ -69,8 +94,12 @@ class Bundles:
                 force=True,
                 progress=progress,
                 targets=self._targets,
+                clip=self._clip_for(recipe),
             )
         return path
+
+    def _clip_for(self, recipe: Recipe) -> tuple[Path, str] | None:
+        return self._clip if recipe.semantic == "text" else None
 
 
 def _is_whole(bundle: Path) -> bool:

@@ -6,7 +6,8 @@ its tokens the two distributions over the next token are compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from qavp_export.engines import FloatArray
 from qavp_export.errors import InputError
 from qavp_export.evaluate.accuracy import Done, pictures
 from qavp_export.evaluate.datasets import Item
-from qavp_export.evaluate.teacher_forcing import forced_logits, log_probabilities
+from qavp_export.evaluate.teacher_forcing import forced_logits
+from qavp_export.numerics.divergence import kl_divergence, log_probabilities
 from qavp_export.runtime import Prepared, QavpModel
-from qavp_export.statistics import bootstrap_interval, mean
+from qavp_export.statistics import bootstrap_interval, mean, paired_bootstrap
 
 Floats = npt.NDArray[np.float64]
 
@@ -106,6 +108,7 @@ def answer_freely(
         max_new_tokens: Most tokens of an answer.
         done: Called as the work goes on.
     """
+    banned = model.manifest.vision_tokens.image_token_id
     answers: list[list[int]] = []
     for start in range(0, len(items), batch):
         part = items[start : start + batch]
@@ -117,7 +120,7 @@ def answer_freely(
                 if token is not None:
                     answer.append(token)
         for index, logits in enumerate(forced_logits(model, prepared, found), start=start):
-            np.save(_file(folder, index), log_probabilities(model, logits).astype(np.float32))
+            np.save(_file(folder, index), log_probabilities(logits, banned).astype(np.float32))
         answers += found
         done(len(answers))
     return Reference(tuple(answers), folder)
@@ -133,6 +136,7 @@ def follow(model: QavpModel, items: Sequence[Item], reference: Reference, batch:
         batch: Prompts at once.
         done: Called as the work goes on.
     """
+    banned = model.manifest.vision_tokens.image_token_id
     kl: list[float] = []
     agreement: list[float] = []
     for start in range(0, len(items), batch):
@@ -140,22 +144,36 @@ def follow(model: QavpModel, items: Sequence[Item], reference: Reference, batch:
         answers = reference.answers[start : start + len(part)]
         for index, logits in enumerate(forced_logits(model, _prepare(model, part), answers), start=start):
             expected = reference.log_probabilities(index).astype(np.float64)
-            found = log_probabilities(model, logits)
-            kl.append(float(_divergence(expected, found).mean()))
+            found = log_probabilities(logits, banned)
+            kl.append(float(kl_divergence(expected, found).mean()))
             agreement.append(float((expected.argmax(axis=-1) == found.argmax(axis=-1)).mean()))
         done(len(kl))
     return Fidelity(np.array(kl), np.array(agreement))
 
 
+def compare_fidelity(found: Mapping[str, Fidelity], seed: int) -> list[dict[str, Any]]:
+    """Compares every two arms on the same prompts, the later with the earlier, as JSON values.
+
+    Args:
+        found: Fidelity by arm name.
+        seed: Seed of the intervals.
+    """
+    comparisons: list[dict[str, Any]] = []
+    for b, a in itertools.combinations(found, 2):
+        values = {
+            "kl": paired_bootstrap(found[a].kl, found[b].kl, seed),
+            "top1_agreement": paired_bootstrap(found[a].agreement, found[b].agreement, seed),
+        }
+        differences = {
+            name: {"difference": interval.estimate, "interval_95": [interval.low, interval.high]}
+            for name, interval in values.items()
+        }
+        comparisons.append({"a": a, "b": b, **differences})
+    return comparisons
+
+
 def _prepare(model: QavpModel, items: Sequence[Item]) -> Prepared:
     return model.prepare(pictures(items), [item.prompt for item in items])
-
-
-def _divergence(expected: Floats, found: Floats) -> Floats:
-    """KL divergence over the last axis; where the reference gives no probability, nothing is added."""
-    probabilities = np.exp(expected)
-    difference = np.subtract(expected, found, out=np.zeros_like(expected), where=probabilities > 0)
-    return np.asarray((probabilities * difference).sum(axis=-1), np.float64)
 
 
 def _file(folder: Path, index: int) -> Path:

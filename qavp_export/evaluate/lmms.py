@@ -17,7 +17,8 @@ from PIL import Image
 
 from qavp_export.engines import EngineOptions
 from qavp_export.errors import InputError, UnavailableError
-from qavp_export.evaluate.teacher_forcing import forced_logits, log_probabilities
+from qavp_export.evaluate.teacher_forcing import forced_logits
+from qavp_export.numerics.divergence import log_probabilities
 from qavp_export.runtime import ImageSource, QavpModel
 from qavp_export.runtime.processors import load_processor
 
@@ -111,7 +112,7 @@ class QavpSimple(lmms):  # type: ignore[misc]  # the package brings no types
             )
             answers = [self._answer_ids(prompt.text, answer) for prompt, answer in part]
             for ids, logits in zip(answers, forced_logits(self._model, prepared, answers), strict=True):
-                expected = log_probabilities(self._model, logits)
+                expected = log_probabilities(logits, self._model.manifest.vision_tokens.image_token_id)
                 loss = -float(expected[np.arange(len(ids)), ids].mean())
                 results.append((loss, bool((expected.argmax(axis=-1) == ids).all())))
         return results

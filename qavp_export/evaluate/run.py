@@ -12,14 +12,12 @@ from typing import Any
 import numpy as np
 
 from qavp_export.engines import EngineOptions
-from qavp_export.engines.tensorrt.keys import TENSORRT
-from qavp_export.engines.tensorrt.targets import EngineTargets
-from qavp_export.errors import InputError
-from qavp_export.evaluate.accuracy import ArmScores, Done, compare_arms, score_items
+from qavp_export.errors import InputError, RecipeError
+from qavp_export.evaluate.accuracy import ArmScores, Done, compare_arms, foreground_kept, score_items
 from qavp_export.evaluate.arms import ARMS, FULL, Arm
 from qavp_export.evaluate.bundles import Bundles
 from qavp_export.evaluate.datasets import DataSet, Item
-from qavp_export.evaluate.fidelity import Fidelity, answer_freely, follow
+from qavp_export.evaluate.fidelity import Fidelity, answer_freely, compare_fidelity, follow
 from qavp_export.pipeline import Progress
 from qavp_export.recipe import Recipe
 from qavp_export.runtime import QavpModel
@@ -37,6 +35,7 @@ class Setup:
         options: How it runs them.
         batch: Questions at once.
         max_new_tokens: Most tokens of an answer.
+        clip: Name of the CLIP checkpoint that the scorer `text` reads questions with; None: there is none.
     """
 
     quantized: str = "rotate"
@@ -46,6 +45,7 @@ class Setup:
     options: EngineOptions = field(default_factory=EngineOptions)
     batch: int = 20
     max_new_tokens: int = 16
+    clip: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.max_new_tokens < 1:
@@ -93,12 +93,15 @@ class Evaluation:
         results = {}
         counter = self._counter("ask", len(data.items), len(self._all_recipes()))
         for arm in self._arms:
-            scores, paths = [], []
+            scores, paths, shares = [], [], []
             for recipe in self._recipes[arm.name]:
                 path, model = self._load(recipe)
                 scores.append(score_items(model, data, self._setup.batch, self._setup.max_new_tokens, next(counter)))
                 paths.append(path.name)
-            results[arm.name] = ArmScores(arm, model.manifest, tuple(paths), np.stack(scores))
+                shares.append(foreground_kept(model, data.items, self._setup.batch))
+            told = [share for share in shares if share is not None]
+            foreground = float(np.mean(told)) if told else None
+            results[arm.name] = ArmScores(arm, model.manifest, tuple(paths), np.stack(scores), foreground)
         return results
 
     def fidelity(self, items: Sequence[Item]) -> dict[str, Fidelity]:
@@ -168,16 +171,48 @@ def report(
         "seed": setup.seed,
         "engine": setup.engine,
         "max_new_tokens": setup.max_new_tokens,
+        "clip": setup.clip,
         "data": None if data is None else {"name": data.name, "questions": len(kinds), "metric": data.metric},
         "fidelity": {"prompts": prompts, "reference": FULL} if fidelity else None,
         "arms": arms,
         "comparisons": [comparison.to_dict() for comparison in compare_arms(accuracy, setup.seed)],
+        "fidelity_comparisons": compare_fidelity(fidelity, setup.seed),
     }
 
 
-def engine_targets(setup: Setup) -> EngineTargets | None:
-    """Returns what exports must build for the engine; None where every bundle has what it needs."""
-    return EngineTargets((TENSORRT,), max_batch=setup.batch) if setup.engine == TENSORRT else None
+def leave_out(bundles: Bundles, arms: Sequence[Arm], setup: Setup) -> tuple[list[Arm], dict[str, str]]:
+    """Leaves out the optional arms whose scorer the checkpoint cannot serve.
+
+    Args:
+        bundles: Where the arms' bundles are.
+        arms: The arms.
+        setup: What they have in common.
+
+    Returns:
+        The other arms, and by name why each was left out.
+
+    Raises:
+        RecipeError: An arm that is not optional cannot be served, none is left, or none reads the CLIP checkpoint.
+    """
+    kept: list[Arm] = []
+    left_out: dict[str, str] = {}
+    asked = False
+    for arm in arms:
+        recipe = arm.recipes(setup.quantized, setup.keep, setup.seed)[0]
+        try:
+            bundles.check_scorer(recipe)
+        except RecipeError as error:
+            if not arm.optional:
+                raise RecipeError(f"arm {arm.name}: {error}") from error
+            left_out[arm.name] = str(error)
+        else:
+            kept.append(arm)
+            asked |= recipe.semantic == "text"
+    if not kept:
+        raise RecipeError(f"no arm is left to evaluate: {next(iter(left_out.values()))}")
+    if setup.clip is not None and not asked:
+        raise RecipeError("--clip is read by no arm; name one with semantic text, like w4a4+text, or leave --clip out")
+    return kept, left_out
 
 
 def with_suffix(data: DataSet, suffix: str) -> DataSet:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 _MANY_TYPES = 8
+_WIDE = 140  # columns of a table that is not printed on a terminal
 
 
 def print_report(report: Mapping[str, Any], baseline: str) -> None:
@@ -19,6 +20,7 @@ def print_report(report: Mapping[str, Any], baseline: str) -> None:
         baseline: The arm that the others are compared with.
     """
     console = Console()
+    console = console if console.is_terminal else Console(width=_WIDE)
     data, shown = report["data"], report["fidelity"]
     if data is not None:
         arms = {name: arm for name, arm in report["arms"].items() if "accuracy" in arm}
@@ -32,7 +34,7 @@ def print_report(report: Mapping[str, Any], baseline: str) -> None:
             console.print(_type_table(arms, list(kinds)))
     if shown is not None:
         _heading(console, f"fidelity to full precision with all tokens, over {shown['prompts']} of its greedy answers")
-        console.print(_fidelity_table(report))
+        console.print(_fidelity_table(report, baseline))
 
 
 def _heading(console: Console, text: str) -> None:
@@ -52,12 +54,14 @@ def _table(*columns: str) -> Table:
 
 
 def _accuracy_table(report: Mapping[str, Any], arms: Mapping[str, Any], baseline: str) -> Table:
-    table = _table("tokens", "all [95%]", f"less {baseline} [95%]", "p")
+    shares = [arm["foreground_kept"] for arm in arms.values()]
+    told = any(share is not None for share in shares)
+    table = _table("tokens", "all [95%]", f"less {baseline} [95%]", "p", *(["foreground kept"] if told else []))
     against = {
         **{pair["a"]: (pair, 1) for pair in report["comparisons"] if pair["b"] == baseline},
         **{pair["b"]: (pair, -1) for pair in report["comparisons"] if pair["a"] == baseline},
     }
-    for name, arm in arms.items():
+    for (name, arm), share in zip(arms.items(), shares, strict=True):
         low, high = (100 * bound for bound in arm["interval_95"])
         difference, p = _difference(*against[name]) if name in against else ("", "")
         table.add_row(
@@ -66,6 +70,7 @@ def _accuracy_table(report: Mapping[str, Any], arms: Mapping[str, Any], baseline
             f"{100 * arm['accuracy']:.1f} [{low:.1f}, {high:.1f}]",
             difference,
             p,
+            *([] if share is None else [f"{100 * share:.0f}"]),
         )
     return table
 
@@ -78,29 +83,38 @@ def _type_table(arms: Mapping[str, Any], kinds: Sequence[str]) -> Table:
 
 
 def _difference(pair: Mapping[str, Any], sign: int) -> tuple[str, str]:
-    # Adding 0 turns -0.0 into 0.0.
-    middle, low, high = (100 * sign * bound + 0.0 for bound in (pair["difference"], *pair["interval_95"]))
-    low, high = min(low, high), max(low, high)
     test = pair["mcnemar"]
     p = "" if test is None else "<0.0001" if test["p"] < 1e-4 else f"{test['p']:.4f}"
-    return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]", p
+    return _signed(pair, sign, 100, 1), p
+
+
+def _signed(pair: Mapping[str, Any], sign: int, factor: float, digits: int) -> str:
+    # Adding 0 turns -0.0 into 0.0.
+    middle, low, high = (factor * sign * bound + 0.0 for bound in (pair["difference"], *pair["interval_95"]))
+    low, high = min(low, high), max(low, high)
+    return f"{middle:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def _tokens(tokens: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     return f"{recipe['keep']:.4g} of all" if tokens["after"] is None else str(tokens["after"])
 
 
-def _fidelity_table(report: Mapping[str, Any]) -> Table:
-    table = _table("KL in nats [95%]", "same top-1 in % [95%]")
-    for name, arm in report["arms"].items():
-        if "fidelity" not in arm:
-            continue
-        found = arm["fidelity"]
+def _fidelity_table(report: Mapping[str, Any], baseline: str) -> Table:
+    arms = {name: arm["fidelity"] for name, arm in report["arms"].items() if "fidelity" in arm}
+    against = [f"KL less {baseline} [95%]"] if baseline in arms else []
+    pairs = {
+        **{pair["a"]: (pair["kl"], 1) for pair in report["fidelity_comparisons"] if pair["b"] == baseline},
+        **{pair["b"]: (pair["kl"], -1) for pair in report["fidelity_comparisons"] if pair["a"] == baseline},
+    }
+    table = _table("KL in nats [95%]", *against, "same top-1 in % [95%]")
+    for name, found in arms.items():
         low, high = found["kl_interval_95"]
         least, most = (100 * bound for bound in found["top1_agreement_interval_95"])
+        difference = _signed(*pairs[name], 1, 4) if name in pairs else ""
         table.add_row(
             name,
             f"{found['kl']:.4f} [{low:.4f}, {high:.4f}]",
+            *([difference] if against else []),
             f"{100 * found['top1_agreement']:.1f} [{least:.1f}, {most:.1f}]",
         )
     return table

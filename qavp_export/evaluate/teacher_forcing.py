@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from qavp_export.engines import FloatArray
 from qavp_export.runtime import Prepared, QavpModel
@@ -44,13 +43,3 @@ def forced_logits(model: QavpModel, prepared: Prepared, answers: Sequence[Sequen
         positions = positions + (counts > step + 1)
     logits = np.stack(steps, axis=1)
     return [logits[row, :count] for row, count in enumerate(counts)]
-
-
-def log_probabilities(model: QavpModel, logits: FloatArray) -> npt.NDArray[np.float64]:
-    """Returns log probabilities `[..., V]` over the tokens that can be generated: not the image placeholder."""
-    values = logits.astype(np.float64)
-    banned = model.manifest.vision_tokens.image_token_id
-    if banned < values.shape[-1]:
-        values[..., banned] = -np.inf
-    values -= values.max(axis=-1, keepdims=True)
-    return np.asarray(values - np.log(np.exp(values).sum(axis=-1, keepdims=True)), np.float64)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
 from qavp_export.errors import InputError, RecipeError
@@ -32,6 +35,42 @@ def test_every_selector_is_an_arm_and_every_arm_a_recipe() -> None:
     assert selected == {"topk", "dpp", "maxmin"}
     assert {name for names in GROUPS.values() for name in names} == set(ARMS)
     assert all(arm.recipes("rotate", 0.125, 0) for arm in choose_arms(["all"]))
+
+
+def test_every_scorer_is_an_arm_under_every_rule_that_reads_scores() -> None:
+    arms = choose_arms(["scorers"])
+    assert all(arm.optional for arm in arms)
+    crossed = Counter(
+        (recipe.select, recipe.semantic, recipe.alpha, recipe.score_input)
+        for arm in arms
+        for recipe in arm.recipes("rotate", 0.125, 0)
+    )
+    expected = {
+        (select, scorer, alpha, "raw"): 1
+        for select in ("topk", "dpp")
+        for scorer in ("cls", "received", "norm", "text")
+        for alpha in (1.0, 0.5)
+    }
+    # The family's scorer with each part of the hybrid by itself; controls, a draw for each of five seeds.
+    for select in ("topk", "dpp"):
+        expected |= {(select, None, 0.5, "rms"): 1, (select, None, 0.0, "raw"): 1, (select, "random", 1.0, "raw"): 5}
+    assert crossed == expected
+    assert {recipe.decoder for arm in arms for recipe in arm.recipes("rotate", 0.125, 0)} == {"w4a4"}
+
+
+def test_only_what_a_group_asks_for_may_be_left_out() -> None:
+    for names in (["w4a4+cls", "scorers"], ["scorers", "w4a4+cls"]):
+        required = [arm.name for arm in choose_arms(names, ["mine=rtn"]) if not arm.optional]
+        assert required == ["w4a4+cls", "mine"]
+
+
+def test_a_recipe_that_fits_alpha_goes_with_every_arm(tmp_path: Path) -> None:
+    path = tmp_path / "fitted.yaml"
+    path.write_text("alpha: auto\n", encoding="utf-8")
+    for arm in choose_arms(["all"]):
+        assert all(not recipe.fits_alpha for recipe in arm.recipes(str(path), 0.125, 0))
+    (arm,) = choose_arms([], [f"mine={path}"])
+    assert arm.recipes("rotate", 0.125, 0)[0].fits_alpha
 
 
 def test_an_arm_named_twice_comes_once() -> None:

@@ -48,6 +48,8 @@ def test_demo_is_the_held_out_stream() -> None:
     for item, source in zip(found.items, expected, strict=True):
         assert isinstance(item.image, np.ndarray)
         np.testing.assert_array_equal(item.image, source.image)
+        assert item.foreground is not None
+        np.testing.assert_array_equal(item.foreground, source.foreground)
 
 
 def test_scienceqa_layout(tmp_path: Path) -> None:
@@ -130,7 +132,11 @@ def test_easy_vqa_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     # The package's API, as its README has it.
     package = ModuleType("easy_vqa")
     path = str(picture(tmp_path / "5.png"))
-    questions = (["what color?", "is it a circle?", "what shape?"], ["teal", "no", "rectangle"], [5, 5, 5])
+    questions = (
+        ["what color?", "is it a circle?", "what shape?", "is no circle there?"],
+        ["teal", "no", "rectangle", "yes"],
+        [5] * 4,
+    )
     monkeypatch.setattr(package, "get_test_questions", lambda: questions, raising=False)
     monkeypatch.setattr(package, "get_test_image_paths", lambda: {5: path}, raising=False)
     monkeypatch.setitem(sys.modules, "easy_vqa", package)
@@ -139,6 +145,7 @@ def test_easy_vqa_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (("teal",), "color"),
         (("no",), "yesno"),
         (("rectangle",), "shape"),
+        (("yes",), "negated"),
     ]
     assert found.items[0].image == Path(path)
 

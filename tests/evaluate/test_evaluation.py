@@ -17,13 +17,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from qavp_export import pipeline
 from qavp_export.errors import InputError, RecipeError
 from qavp_export.evaluate.accuracy import ArmScores, compare_arms
-from qavp_export.evaluate.arms import ARMS, choose_arms
+from qavp_export.evaluate.arms import ARMS, GROUPS, choose_arms
 from qavp_export.evaluate.bundles import Bundles
 from qavp_export.evaluate.datasets import DataSet, Item
-from qavp_export.evaluate.fidelity import answer_freely, follow, read_images
-from qavp_export.evaluate.run import Evaluation, Setup, report
+from qavp_export.evaluate.fidelity import Fidelity, answer_freely, compare_fidelity, follow, read_images
+from qavp_export.evaluate.run import Evaluation, Setup, leave_out, report
 from qavp_export.evaluate.teacher_forcing import forced_logits
+from qavp_export.numerics.score import minmax
+from qavp_export.numerics.select import select_topk
 from qavp_export.runtime import QavpModel
+from tests.models.clip import clip_relevance, make_clip
+from tests.models.tiny import TinySpec, make_llava
 
 # As in tests/test_export.py: float32 sums in another order; 2e-5 was seen, of logits up to 10.
 LOGIT_ROUNDING = 1e-4
@@ -195,10 +199,7 @@ def test_what_is_exported_is_found_again(tiny_llava: Path, bundles: Bundles, eva
 
 def test_a_changed_checkpoint_has_other_bundles(tiny_llava: Path, bundles: Bundles, tmp_path: Path) -> None:
     recipe = ARMS["full"].recipes("rtn", 0.2, 0)[0]
-    copy = tmp_path / "tiny-llava"
-    copy.mkdir()
-    for file in tiny_llava.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    copy = _copy(tiny_llava, tmp_path / "tiny-llava")
     changed = Bundles(copy, "tiny-llava", bundles.path(recipe).parent)
     assert changed.path(recipe) != bundles.path(recipe)
 
@@ -233,6 +234,90 @@ def test_recipes_are_checked_before_anything_is_exported(tiny_llava: Path, tmp_p
     with pytest.raises(RecipeError, match="group_size 56"):
         Evaluation(bundles, arms, SETUP, lambda *_: None)
     assert not (tmp_path / "work").exists()
+
+
+def test_a_question_reaches_clip_and_the_foreground_that_is_kept_is_counted(
+    tiny_llava: Path, items: list[Item], tmp_path: Path
+) -> None:
+    clip = make_clip(tmp_path / "clip", tiny_llava)
+    bundles = Bundles(tiny_llava, "tiny-llava", tmp_path / "work", clip=(clip, "tiny-clip"))
+    # A float decoder leaves the vision tower in float: the tokens are those of transformers.
+    (arm,) = choose_arms([], ["text=none,semantic=text,alpha=1"])
+    evaluation = Evaluation(bundles, [arm], SETUP, lambda *_: None)
+    evaluation.export()
+    processor: Any = AutoProcessor.from_pretrained(tiny_llava)
+    pixels = processor.image_processor([item.image for item in items], return_tensors="np")["pixel_values"]
+    relevance = clip_relevance(clip, pixels.astype(np.float32), list(QUESTIONS))
+    kept = select_topk(minmax(relevance), 5)
+    masks = np.random.default_rng(1).random((len(items), 25)) < 0.5
+    shown = [dataclasses.replace(item, foreground=mask) for item, mask in zip(items, masks, strict=True)]
+    # Nothing is to be seen in the last picture, and of the one before it nothing is known.
+    shown[-1] = dataclasses.replace(shown[-1], foreground=np.zeros(25, bool))
+    shown[-2] = items[-2]
+    found = evaluation.accuracy(DataSet("tiny", tuple(shown), "exact"))["text"]
+    expected = np.mean([mask[row].sum() / mask.sum() for mask, row in zip(masks[:-2], kept, strict=False)])
+    assert found.foreground_kept == pytest.approx(expected)  # float sums
+    assert found.manifest.vision_tokens.question is not None
+    assert found.manifest.vision_tokens.question.source == "tiny-clip"
+    # A mask of other vision tokens says nothing of these.
+    other = [dataclasses.replace(item, foreground=np.ones(24, bool)) for item in items]
+    assert evaluation.accuracy(DataSet("tiny", tuple(other), "exact"))["text"].foreground_kept is None
+    recipe = arm.recipes("rtn", 0.2, 0)[0]
+    changed = Bundles(tiny_llava, "tiny-llava", tmp_path / "work", clip=(_copy(clip, tmp_path / "copy"), "tiny-clip"))
+    assert changed.path(recipe) != bundles.path(recipe)
+    full = ARMS["full"].recipes("rtn", 0.2, 0)[0]
+    assert changed.path(full) == bundles.path(full) == Bundles(tiny_llava, "tiny-llava", tmp_path / "work").path(full)
+
+
+def test_arms_whose_scorer_the_checkpoint_lacks_are_left_out(tiny_llava: Path, tmp_path: Path) -> None:
+    siglip = make_llava(tmp_path / "siglip", TinySpec(vision="siglip"))
+    bundles = Bundles(siglip, "siglip", tmp_path / "work")
+    kept, left_out = leave_out(bundles, choose_arms(["scorers"]), SETUP)
+    assert len(kept) + len(left_out) == len(GROUPS["scorers"])
+    lacking = {name for name in GROUPS["scorers"] if name.endswith(("cls", "text"))}
+    assert set(left_out) == lacking
+    assert len(lacking) == 8
+    assert "needs a vision tower with a [CLS] token" in left_out["w4a4+dpp-cls"]
+    assert "give --clip CHECKPOINT" in left_out["w4a4+hybrid-text"]
+    with pytest.raises(RecipeError, match=r"arm w4a4\+cls: semantic 'cls' needs a vision tower with a \[CLS\] token"):
+        leave_out(bundles, choose_arms(["scorers", "w4a4+cls"]), SETUP)
+    with pytest.raises(RecipeError, match="no arm is left to evaluate: semantic 'cls' needs"):
+        leave_out(bundles, [dataclasses.replace(ARMS["w4a4+cls"], optional=True)], SETUP)
+    # What is wrong with the recipe itself is no reason to leave an arm out.
+    with pytest.raises(RecipeError, match="keep"):
+        leave_out(bundles, choose_arms(["scorers"]), dataclasses.replace(SETUP, keep=2.0))
+    assert leave_out(Bundles(tiny_llava, "tiny", tmp_path / "work"), choose_arms(["paper"]), SETUP)[1] == {}
+
+
+def test_a_clip_that_no_arm_reads_is_refused(tiny_llava: Path, tmp_path: Path) -> None:
+    bundles = Bundles(
+        tiny_llava, "tiny", tmp_path / "work", clip=(make_clip(tmp_path / "clip", tiny_llava), "tiny-clip")
+    )
+    setup = dataclasses.replace(SETUP, clip="tiny-clip")
+    with pytest.raises(RecipeError, match="--clip is read by no arm"):
+        leave_out(bundles, choose_arms(["paper"]), setup)
+    kept, left_out = leave_out(bundles, choose_arms(["scorers"]), setup)
+    assert (len(kept), left_out) == (len(GROUPS["scorers"]), {})
+
+
+def test_fidelities_are_compared_prompt_by_prompt() -> None:
+    found = {
+        "w4a4": Fidelity(np.array([1.0, 2.0, 3.0]), np.array([1.0, 0.5, 0.0])),
+        "w4a4+dpp": Fidelity(np.array([0.5, 1.5, 2.5]), np.array([1.0, 1.0, 1.0])),
+    }
+    (pair,) = compare_fidelity(found, 0)
+    assert (pair["a"], pair["b"]) == ("w4a4+dpp", "w4a4")
+    # The same difference at every prompt: whichever are drawn, it is the mean.
+    assert [pair["kl"]["difference"], *pair["kl"]["interval_95"]] == pytest.approx([-0.5] * 3)  # float sums
+    assert pair["top1_agreement"]["difference"] == 0.5
+    assert pair["top1_agreement"]["interval_95"][0] < 0.5 < pair["top1_agreement"]["interval_95"][1]
+
+
+def _copy(folder: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
 
 
 def scores(name: str, *rows: list[float]) -> ArmScores:

@@ -6,9 +6,19 @@ import string
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+)
 
+from qavp_export.numerics.semantic import text_relevance
 from tests.models.words import randomize
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -49,3 +59,17 @@ def make_clip(folder: Path, llava: Path, *, eos_token_id: int = VOCAB - 1, **cha
     entries = [*letters, *(f"{letter}</w>" for letter in letters), START, END]
     CLIPTokenizer(vocab={entry: index for index, entry in enumerate(entries)}, merges=[]).save_pretrained(folder)
     return folder
+
+
+def clip_relevance(folder: Path, pixels: np.ndarray, questions: list[str]) -> np.ndarray:
+    """Returns what transformers' CLIP and the reference say of the patches `[B,N]`; the tower is CLIP's own."""
+    tokens = AutoTokenizer.from_pretrained(folder)(
+        questions, padding=True, truncation=True, max_length=CONTEXT, return_tensors="pt"
+    )
+    kind: Any = CLIPModel
+    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        text = model.get_text_features(**tokens).pooler_output
+        states = model.vision_model(torch.from_numpy(pixels), output_hidden_states=True).hidden_states
+        image = model.visual_projection(model.vision_model.post_layernorm(states[-2][:, 1:]))
+    return text_relevance(image.numpy(), text.numpy())

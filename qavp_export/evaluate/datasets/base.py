@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qavp_export.errors import InputError
 from qavp_export.runtime.images import ImageSource
@@ -38,6 +39,7 @@ class Item:
         answers: What is right: any of them, or ten people's answers. Of a multiple choice, the letter.
         kind: Its type, for figures by type.
         choices: The options of a multiple choice, A first; empty for others.
+        foreground: Which of the picture's N vision tokens show an object `[N]`; None: not known.
     """
 
     id: str
@@ -46,6 +48,7 @@ class Item:
     answers: tuple[str, ...]
     kind: str = ONLY_KIND
     choices: tuple[str, ...] = ()
+    foreground: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)

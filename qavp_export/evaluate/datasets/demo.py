@@ -22,7 +22,14 @@ def load(request: Request) -> DataSet:
     """
     stream: Any = _generator().ShapesStream("heldout", request.seed)
     items = [
-        Item(str(number), item.image, item.question.text, (item.question.answer,), item.question.type)
+        Item(
+            str(number),
+            item.image,
+            item.question.text,
+            (item.question.answer,),
+            item.question.type,
+            foreground=item.foreground,
+        )
         for number, item in enumerate(stream.items(request.questions or _QUESTIONS))
     ]
     return finish("demo", items, "exact", request)
