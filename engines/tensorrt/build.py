@@ -14,8 +14,17 @@ from typing import Any
 import onnx_ir as ir
 
 from qavp_export.engines.tensorrt.inspector import EngineLayer, mismatches, parse_json, parse_log, realized_precision
-from qavp_export.engines.tensorrt.keys import TENSORRT, TENSORRT_RTX, TITLES, EngineKeys, GraphKeys, engine_folder
-from qavp_export.engines.tensorrt.lowering import capabilities as lowering_capabilities
+from qavp_export.engines.tensorrt.keys import (
+    ALTERNATING,
+    IN_PLACE,
+    TENSORRT,
+    TENSORRT_RTX,
+    TITLES,
+    EngineKeys,
+    GraphKeys,
+    engine_folder,
+)
+from qavp_export.engines.tensorrt.lowering.capabilities import CACHE_UPDATE, capabilities_of
 from qavp_export.engines.tensorrt.lowering.decoder import lower_decoder
 from qavp_export.engines.tensorrt.lowering.embedding import lower_embedding
 from qavp_export.engines.tensorrt.lowering.network import LoweredNetwork
@@ -39,7 +48,6 @@ from qavp_export.runtime.processors import load_processor
 # (graph, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
 
-_CAPABILITIES = {TENSORRT: lowering_capabilities.TENSORRT, TENSORRT_RTX: lowering_capabilities.TENSORRT_RTX}
 _TIMING_CACHE = "timing.cache"
 # What the types of a layer with these activations ask for in the place of integers.
 _ROUNDED_FLOATS = ("w4a4", "w4a8", "w8a8")
@@ -67,6 +75,7 @@ def check_targets(
     for flavour in targets.flavours:
         with tempfile.TemporaryDirectory(prefix="qavp-") as work:
             found = run_worker(Request(flavour, report=""), Path(work))
+        capabilities_of(flavour, found.version)
         check_formats(precisions, targets.capabilities if found.capability is None else (found.capability,))
 
 
@@ -113,12 +122,15 @@ class _Flavour:
         self._flavour = flavour
         self._folder = bundle / engine_folder(flavour)
         self._profiles = settle_profiles(targets, manifest.decoder.context_length, manifest.vision_tokens.after)
+        self._capabilities = capabilities_of(flavour, run_worker(Request(flavour, report=""), work).version)
 
     def build(self, progress: Progress) -> dict[str, Any]:
         """Builds all graphs, one at a time, and writes the keys."""
         self._folder.mkdir(parents=True, exist_ok=True)
         built: dict[str, _Built] = {}
+        notes = [*self._notes()]
         for name, network, profiles in self._networks():
+            notes += network.notes
             stage = f"{self._flavour} {name}"
             progress(stage, 0, 1)
             built[name] = self._build_one(name, network, profiles, partial(progress, stage))
@@ -135,18 +147,19 @@ class _Flavour:
             capabilities=self._targets.capabilities if report.capability is None else (report.capability,),
             driver=report.driver,
             profiles=self._profiles,
+            cache=IN_PLACE if CACHE_UPDATE in self._capabilities.operators else ALTERNATING,
             graphs={name: one.keys for name, one in built.items()},
-            notes=(*self._notes(), *fallbacks),
+            notes=(*notes, *fallbacks),
         )
         keys.write(self._folder)
         return _describe(keys)
 
     def _networks(self) -> Iterator[tuple[str, LoweredNetwork, list[Profile]]]:
-        manifest, capabilities, limits = self._manifest, _CAPABILITIES[self._flavour], self._profiles
+        manifest, capabilities, limits = self._manifest, self._capabilities, self._profiles
         tokens = manifest.vision_tokens
         network = lower_vision(self._load("vision_encoder"), capabilities)
         yield "vision_encoder", network, vision_profiles(network.model, tokens, self._longest_side())
-        network = lower_embedding(self._load("embedding"))
+        network = lower_embedding(self._load("embedding"), capabilities)
         yield "embedding", network, embedding_profiles(network.model, limits, tokens)
         context = manifest.decoder.context_length
         network = lower_decoder(self._load("decoder"), context, limits.capacity, capabilities)
@@ -177,7 +190,7 @@ class _Flavour:
             values=(KEEP_TOKENS,),
             capabilities=self._targets.capabilities if self._flavour == TENSORRT_RTX else (),
             timing_cache=str(self._folder / _TIMING_CACHE) if self._flavour == TENSORRT else None,
-            plugins=_CAPABILITIES[self._flavour].plugins,
+            plugins=self._capabilities.plugins,
         )
         try:
             report = run_worker(request, self._work, progress)
@@ -198,7 +211,7 @@ class _Flavour:
         return _Built(keys, report, mismatches(network.expected, realized))
 
     def _notes(self) -> Iterator[str]:
-        if _CAPABILITIES[self._flavour].plugins:
+        if self._capabilities.plugins:
             return
         rounded = sorted({value for value in self._manifest.precision.values() if value in _ROUNDED_FLOATS})
         if rounded:
@@ -222,7 +235,7 @@ def _describe(keys: EngineKeys) -> dict[str, Any]:
     graphs: Mapping[str, GraphKeys] = {name: graph for name, graph in keys.graphs.items() if graph.realized}
     return {
         "folder": engine_folder(keys.flavour),
-        "cache": "preallocated",
+        "cache": keys.cache,
         "version": keys.version,
         "capabilities": list(keys.capabilities),
         "profiles": dataclasses.asdict(keys.profiles),

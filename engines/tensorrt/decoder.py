@@ -120,31 +120,38 @@ class TensorRtDecoder:
 
 
 class KeyValueCache:
-    """Keys and values of a batch on the device."""
+    """Keys and values of a batch on the device.
+
+    Attributes:
+        shape: What there is room for.
+        side: Which of its memory the next run reads: 0, or 1 where what is written is other memory.
+    """
 
     def __init__(self, decoder: TensorRtDecoder, shape: Shape, stream: Stream) -> None:
-        """Allocates them, filled with zeros: what is not a token yet is multiplied by zero."""
+        """Allocates them, filled with zeros: what is not a token yet is multiplied by zero.
+
+        Without a cache update there are two of each, in turns read and written.
+        """
         self.shape = shape
         self._decoder = decoder
         self._item = decoder.network.dtype(decoder.pairs[0][0]).itemsize
         self._nbytes = int(np.prod(shape.sizes)) * self._item
-        self._tensors = [self._alloc() for _ in decoder.pairs]
-        # A release that cannot update its input writes what follows beside it.
-        self._written = self._tensors if decoder.in_place else [self._alloc() for _ in decoder.pairs]
-        for tensor in self._tensors:
+        self.side = 0
+        self._sides = [[self._alloc() for _ in decoder.pairs] for _ in range(1 if decoder.in_place else 2)]
+        # All of the other side is written before it is read.
+        for tensor in self._sides[0]:
             tensor.zero(stream)
 
     def bind(self, execution: Execution) -> None:
-        """Binds a context to them."""
-        for (past, present), read, written in zip(self._decoder.pairs, self._tensors, self._written, strict=True):
+        """Binds a context to them, for runs on this side."""
+        written_to = self._sides[self._other]
+        for (past, present), read, written in zip(self._decoder.pairs, self._tensors, written_to, strict=True):
             execution.bind(past, self.shape.sizes, read.address)
             execution.bind_output(present, written.address)
 
-    def keep_written(self, stream: Stream) -> None:
+    def turn(self) -> None:
         """Makes what a run wrote what the next one reads."""
-        if not self._decoder.in_place:
-            for read, written in zip(self._tensors, self._written, strict=True):
-                self._copy(read, self.shape, written, self.shape, self.shape.capacity, stream)
+        self.side = self._other
 
     def take(self, rows: IntArray, shape: Shape, filled: int, stream: Stream) -> KeyValueCache:
         """Returns a cache of another shape; its sequence i is the sequence `rows[i]` of this one.
@@ -174,6 +181,14 @@ class KeyValueCache:
                 self._copy(tensor, self.shape, spare, self.shape, filled, stream, (row, old))
         # Freed on return.
         stream.synchronize()
+
+    @property
+    def _tensors(self) -> list[Buffer]:
+        return self._sides[self.side]
+
+    @property
+    def _other(self) -> int:
+        return len(self._sides) - 1 - self.side
 
     def _alloc(self) -> Buffer:
         return self._decoder.device.alloc(self._nbytes)

@@ -21,6 +21,9 @@ TENSORRT = "tensorrt"
 TENSORRT_RTX = "tensorrt-rtx"
 # What messages call them.
 TITLES: Mapping[str, str] = MappingProxyType({TENSORRT: "TensorRT", TENSORRT_RTX: "TensorRT-RTX"})
+# Where keys and values are written: into the memory that they are read from, by TensorRT's own cache update, or into
+# other memory of the same size, which the next step reads.
+IN_PLACE, ALTERNATING = "preallocated", "preallocated, alternating"
 # What TensorRT-RTX builds for, with no GPU.
 RTX_CAPABILITIES = (80, 86, 89, 120, 121)
 
@@ -91,6 +94,7 @@ class EngineKeys:
         capabilities: Compute capabilities that it was built for, such as 89.
         driver: CUDA version of the driver that the build saw, such as 13000; None if it was built with no GPU.
         profiles: Largest shapes.
+        cache: Where the decoder writes keys and values: `IN_PLACE` or `ALTERNATING`.
         graphs: The engines by name.
         notes: What could not be built as asked, a line each.
     """
@@ -100,6 +104,7 @@ class EngineKeys:
     capabilities: tuple[int, ...]
     driver: int | None
     profiles: Profiles
+    cache: str
     graphs: Mapping[str, GraphKeys]
     notes: tuple[str, ...] = ()
 
@@ -144,6 +149,7 @@ class EngineKeys:
             capabilities=tuple(int(capability) for capability in data["capabilities"]),
             driver=None if data["driver"] is None else int(data["driver"]),
             profiles=Profiles(**data["profiles"]),
+            cache=data["cache"],
             graphs=graphs,
             notes=tuple(data["notes"]),
         )

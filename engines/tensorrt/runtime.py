@@ -128,5 +128,5 @@ class TensorRtRtxEngine(TensorRtEngine):
 
 
 def _check_options(flavour: str, options: EngineOptions) -> None:
-    if options.vision is not None or options.cpu_memory != "high":
-        raise InputError(f"engine {flavour} runs what was built; leave vision and cpu_memory out")
+    if options.vision is not None or options.cpu_memory != "high" or options.kv_cache is not None:
+        raise InputError(f"engine {flavour} runs what was built; leave vision, cpu_memory and kv_cache out")

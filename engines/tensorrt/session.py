@@ -1,4 +1,4 @@
-"""A generation on a GPU: keys and values stay there, and a step is one CUDA graph."""
+"""A generation on a GPU: keys and values stay there, and a step is one CUDA graph, or two by turns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ _MASK = "attention_mask"
 
 
 class Step:
-    """The embedding and the decoder for single tokens, on memory that stays where it is."""
+    """The embedding and the decoder for single tokens, on memory that stays where it is.
+
+    Where keys and values change sides with every token, each side has a graph of its own: copying them back would take
+    another pass over the whole cache for every token, and addresses in a graph are fixed.
+    """
 
     def __init__(self, decoder: TensorRtDecoder, cache: KeyValueCache, stream: Stream) -> None:
         """Takes contexts and binds them."""
@@ -32,8 +36,11 @@ class Step:
         self._release = weakref.finalize(
             self, _give_back, (decoder.embedding.contexts, self._embedding), (decoder.decode, self._execution)
         )
-        self._graph: Graph | None = None
-        self._runs = 0
+        self._captures = decoder.captures
+        self._graphs: dict[int, Graph] = {}
+        # Sides of the cache that a run was made on, and the one that the context is bound to.
+        self._ran: set[int] = set()
+        self._bound = cache.side
         rows = cache.shape.rows
         self._ids = np.zeros((rows, 1), np.int64)
         self._places: dict[str, Array] = {
@@ -69,7 +76,7 @@ class Step:
 
     def release(self) -> None:
         """Gives the contexts back; nothing may be run after."""
-        self._graph = None
+        self._graphs.clear()
         self._release()
 
     def _bind(self, rows: int) -> tuple[Buffer, tuple[int, ...]]:
@@ -87,28 +94,34 @@ class Step:
         return execution.make_output("logits")
 
     def _launch(self) -> None:
+        side = self._cache.side
         # The first run initializes what must not be initialized in a capture.
-        if self._decoder.captures and self._runs == 1:
-            self._graph = self._capture()
-        self._runs += 1
-        if self._graph is None:
-            self._enqueue()
+        if self._captures and side in self._ran and side not in self._graphs:
+            self._capture(side)
+        if side in self._graphs:
+            self._graphs[side].launch(self._stream)
         else:
-            self._graph.launch(self._stream)
+            self._enqueue(side)
+            self._ran.add(side)
+        self._cache.turn()
 
-    def _capture(self) -> Graph | None:
+    def _capture(self, side: int) -> None:
         try:
             with self._stream.capture() as capture:
-                self._enqueue()
+                self._enqueue(side)
         except QavpError as error:
             warnings.warn(f"single tokens run without a CUDA graph: {error}", RuntimeWarning, stacklevel=2)
-            return None
-        return capture.graph
+            self._captures = False
+            return
+        if capture.graph is not None:
+            self._graphs[side] = capture.graph
 
-    def _enqueue(self) -> None:
+    def _enqueue(self, side: int) -> None:
+        if side != self._bound:
+            self._cache.bind(self._execution)
+            self._bound = side
         self._embedding.enqueue(self._stream)
         self._execution.enqueue(self._stream)
-        self._cache.keep_written(self._stream)
 
 
 class TensorRtSession:
@@ -162,8 +175,8 @@ class TensorRtSession:
         with decoder.prefill.borrow() as execution:
             cache.bind(execution)
             logits = execution.run(inputs, ["logits"], stream)["logits"]
-            cache.keep_written(stream)
             stream.synchronize()
+        cache.turn()
         self._filled = longest
         return logits.astype(np.float32, copy=False)
 

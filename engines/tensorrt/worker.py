@@ -83,11 +83,6 @@ def main(path: str) -> None:
 def _run(request: Request) -> Report:
     trt = import_library(request.flavour)
     report = Report(version=str(trt.__version__))
-    if getattr(trt.LayerType, "KV_CACHE_UPDATE", None) is None:
-        raise UnavailableError(
-            f"{trt.__name__} {trt.__version__} has no key/value cache update, which decoders are built with: install a "
-            "newer one, such as 11"
-        )
     if request.flavour == TENSORRT:
         from qavp_export.engines.cuda.driver import Device
 
@@ -143,8 +138,10 @@ class _Build:
             found = [parser.get_error(index) for index in range(parser.num_errors)]
             reasons = [f"{error.node_name() or 'the graph'}: {' '.join(error.desc().split())}" for error in found]
             raise QavpError(f"the parser refused {'; '.join(reasons[:1]) or 'the graph'}")
+        # Not in 10.13, for which attention is written out.
+        attention = getattr(self._trt.LayerType, "ATTENTION_OUTPUT", None)
         for layer in (network.get_layer(index) for index in range(network.num_layers)):
-            if layer.type == self._trt.LayerType.ATTENTION_OUTPUT:
+            if layer.type == attention:
                 layer.__class__ = self._trt.IAttentionOutputLayer
                 # Where no kernel is fused for its sizes, it runs as single operators of the same types.
                 layer.attention.decomposable = True

@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from qavp_export.engines import Engine, EngineOptions, load_engine
-from qavp_export.engines.tensorrt.keys import EngineKeys, GraphKeys, Profiles, engine_folder
+from qavp_export.engines.tensorrt.keys import IN_PLACE, EngineKeys, GraphKeys, Profiles, engine_folder
 from qavp_export.manifest import Manifest
 from tests.engines.fake_cuda import FakeDevice
 from tests.engines.fake_tensorrt import VERSION, FakeTensorRt, Profile, save_engine
@@ -118,7 +118,7 @@ def add_engines(
         graphs[name] = GraphKeys.of(path, inputs, outputs, {"layer": "fp16"}, {"layer": "fp16"})
     driver = 13000 if flavour == "tensorrt" else None
     profiles_of = Profiles(MAX_PROMPT, capacity[1], MAX_BATCH)
-    keys = EngineKeys(flavour, VERSION, tuple(capabilities), driver, profiles_of, graphs)
+    keys = EngineKeys(flavour, VERSION, tuple(capabilities), driver, profiles_of, IN_PLACE, graphs)
     keys.write(folder)
     return keys
 

@@ -263,6 +263,7 @@ def test_engines_of_the_gpu_here(bundle: Path, tmp_path: Path, monkeypatch: pyte
     layer = "/model/layers.0/attn/q_proj/MatMul"
     assert described["layers"]["decoder"][layer] == ["w4a4", "plugin"]
     assert described["notes"] == []
+    assert described["cache"] == keys.cache == "preallocated"
     folder = bundle / "engines" / TENSORRT
     assert json.loads((folder / "decoder.layers.json").read_text())["Layers"]
     assert (folder / "decoder.engine").read_bytes() == b"engine of decoder.onnx"
@@ -273,7 +274,7 @@ def test_engines_of_the_gpu_here(bundle: Path, tmp_path: Path, monkeypatch: pyte
     # Prompts, then single tokens.
     assert [profile["inputs_embeds"][2][:2] for profile in decoder.profiles] == [[2, 80], [2, 1]]
     # One file for all graphs.
-    assert len({request.timing_cache for request in fake.requests}) == 1
+    assert len({request.timing_cache for request in fake.requests if request.model is not None}) == 1
 
 
 @pytest.mark.parametrize("layer", ["/model/layers.1/mlp/down_proj/MatMul/W4A4MatMul", "/lm_head/MatMul"])
@@ -291,8 +292,20 @@ def test_a_layer_in_another_precision_fails_unless_allowed(
     assert note.startswith(f"{name} runs in float32")
 
 
+def test_what_no_plugin_takes_is_in_the_notes(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lower = {name: getattr(build, name) for name in ("lower_vision", "lower_decoder")}
+    for name, function in lower.items():
+        told = lambda *given, name=name, function=function: dataclasses.replace(function(*given), notes=(name,))  # noqa: E731
+        monkeypatch.setattr(build, name, told)
+    described = _build(bundle, tmp_path, FakeBuilder({}), monkeypatch)
+    assert described["notes"] == ["lower_vision", "lower_decoder"]
+    assert EngineKeys.read(bundle, TENSORRT).notes == ("lower_vision", "lower_decoder")
+
+
 def test_what_fails_names_engine_and_graph(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> Report:
+    def broken(request: Request, *_: Any) -> Report:
+        if request.model is None:
+            return Report("11.4.0.106")
         raise UnavailableError("no GPU")
 
     monkeypatch.setattr(build, "run_worker", broken)

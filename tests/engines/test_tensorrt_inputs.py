@@ -180,8 +180,10 @@ def test_an_engine_with_other_inputs(install: Install, monkeypatch: pytest.Monke
 
 def test_options_of_other_engines(install: Install) -> None:
     fake = install()
-    for options in (EngineOptions(vision="w8a8"), EngineOptions(cpu_memory="low")):
-        with pytest.raises(InputError, match="engine tensorrt runs what was built; leave vision and cpu_memory out"):
+    for options in (EngineOptions(vision="w8a8"), EngineOptions(cpu_memory="low"), EngineOptions(kv_cache="int8")):
+        with pytest.raises(
+            InputError, match="engine tensorrt runs what was built; leave vision, cpu_memory and kv_cache out"
+        ):
             load_engine(TENSORRT, fake.bundle, Manifest.read(fake.bundle), options)
 
 

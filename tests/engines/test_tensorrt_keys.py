@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qavp_export.engines.tensorrt.keys import (
+    IN_PLACE,
     KEYS_NAME,
     EngineKeys,
     GraphKeys,
@@ -30,7 +31,7 @@ def _write(bundle: Path, flavour: str = RTX, driver: int | None = None) -> Engin
     (folder / "decoder.engine").write_bytes(b"engine")
     graph = GraphKeys.of(folder / "decoder.engine", ("a", "b"), ("c",), {"x": "int4"}, {"x": "fp16"})
     keys = EngineKeys(
-        flavour, "1.7.1.116", (86, 89), driver, Profiles(640, 1024, 2), {"decoder": graph}, ("weights only",)
+        flavour, "1.7.1.116", (86, 89), driver, Profiles(640, 1024, 2), IN_PLACE, {"decoder": graph}, ("weights only",)
     )
     keys.write(folder)
     return keys

@@ -13,12 +13,15 @@ import pytest
 from qavp_export import pipeline
 from qavp_export.cli.common import run_command
 from qavp_export.cli.export import app
-from qavp_export.engines.tensorrt.inspector import parse_log, realized_precision
+from qavp_export.engines.tensorrt.inspector import EngineLayer, mismatches, parse_log, realized_precision
 from qavp_export.engines.tensorrt.keys import TENSORRT_RTX, EngineKeys, Profiles
+from qavp_export.engines.tensorrt.lowering.capabilities import TENSORRT_10_13, Capabilities
 from qavp_export.engines.tensorrt.lowering.capabilities import TENSORRT_RTX as RTX_CAPABILITIES
 from qavp_export.engines.tensorrt.lowering.decoder import lower_decoder
+from qavp_export.engines.tensorrt.lowering.network import LoweredNetwork
+from qavp_export.engines.tensorrt.lowering.vision import lower_vision
 from qavp_export.engines.tensorrt.process import run_worker
-from qavp_export.engines.tensorrt.profiles import decoder_profiles
+from qavp_export.engines.tensorrt.profiles import Profile, decoder_profiles, vision_profiles
 from qavp_export.engines.tensorrt.worker import Request
 from qavp_export.errors import QavpError
 from qavp_export.manifest import Manifest, VisionTokens
@@ -151,16 +154,39 @@ def _store(model: ir.Model, dtype: ir.DataType) -> None:
 def _build_decoder(model: ir.Model, plan: Any, folder: Path) -> tuple[Path, dict[str, str]]:
     """Builds a decoder; returns the engine, and what its linear layers run in."""
     network = lower_decoder(model, plan.context_length, 48, RTX_CAPABILITIES)
-    path = folder / "decoder.onnx"
-    ir.save(network.model, path, external_data="decoder.data")
-    shapes = decoder_profiles(network.model, Profiles(48, 48, 2), TOKENS)
-    profiles = tuple({key: [list(bound) for bound in bounds] for key, bounds in one.items()} for one in shapes)
-    engine = folder / "decoder.engine"
-    request = Request(TENSORRT_RTX, "", str(path), str(engine), profiles, capabilities=CAPABILITIES)
-    report = run_worker(request, folder)
-    assert engine.stat().st_size > 0
-    layers = parse_log(report.layers)
+    engine, layers = _build_network(network, decoder_profiles(network.model, Profiles(48, 48, 2), TOKENS), folder)
     return engine, realized_precision(layers, [layer.node for layer in canonical_precision(model)])
+
+
+def _build_network(
+    network: LoweredNetwork, shapes: list[Profile], folder: Path, capabilities: tuple[int, ...] = CAPABILITIES
+) -> tuple[Path, list[EngineLayer]]:
+    """Builds a network; returns the engine and its layers."""
+    path = folder / "network.onnx"
+    ir.save(network.model, path, external_data="network.data")
+    profiles = tuple({key: [list(bound) for bound in bounds] for key, bounds in one.items()} for one in shapes)
+    engine = folder / "network.engine"
+    report = run_worker(Request(TENSORRT_RTX, "", str(path), str(engine), profiles, capabilities=capabilities), folder)
+    assert engine.stat().st_size > 0
+    return engine, parse_log(report.layers)
+
+
+def test_what_the_oldest_tensorrt_gets_is_parsed_and_built(bundle: Path, tmp_path: Path) -> None:
+    # Without plugins, of which TensorRT-RTX has none.
+    oldest = Capabilities(plugins=False, operators=TENSORRT_10_13.operators)
+    model, plan = llama_decoder()
+    decoder = lower_decoder(model, plan.context_length, 48, oldest)
+    stored = ir.external_data.load_to_model(ir.load(bundle / "vision_encoder" / "model.onnx"))
+    vision = lower_vision(stored, oldest)
+    for network, shapes in (
+        (decoder, decoder_profiles(decoder.model, Profiles(48, 48, 2), TOKENS)),
+        (vision, vision_profiles(vision.model, TOKENS, None)),
+    ):
+        assert network.model.graph.opset_imports[""] == 21
+        _, layers = _build_network(network, shapes, tmp_path, (89,))
+        realized = realized_precision(layers, network.expected)
+        assert mismatches(network.expected, realized) == []
+        assert list(realized.values()).count("float16") == 2
 
 
 def test_what_does_not_parse_is_one_line_and_leaves_no_engine(tmp_path: Path) -> None:

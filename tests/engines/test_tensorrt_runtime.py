@@ -14,6 +14,7 @@ from qavp_export import QavpModel
 from qavp_export.engines.tensorrt.keys import TENSORRT
 from qavp_export.engines.tensorrt.keys import TENSORRT_RTX as RTX
 from qavp_export.errors import InputError
+from tests.engines.fake_cuda import FakeBuffer
 from tests.engines.fake_tensorrt import CudaGraphStrategy
 from tests.engines.generations import check_close, run_all
 from tests.engines.tensorrt_bundle import (
@@ -139,9 +140,21 @@ def test_a_cache_that_grows_is_captured_anew(install: Install, reference: QavpMo
     steps = (steps_of(each, mask, positions, tokens_of(2, 100)) for each in sessions)
     for expected, found in zip(*steps, strict=True):
         check_close(found, expected, ROUNDING)
-    # 64, then 128 and 192 tokens; the first step on each is not captured.
-    assert fake.device.captures == 3
-    assert fake.device.launches == 100 - 3
+    # 64, then 128 and 192 tokens; the first step on each is not captured. Where keys and values change sides, each side
+    # has a graph of its own.
+    captures = 3 if aliasing else 6
+    assert fake.device.captures == captures
+    assert fake.device.launches == 100 - captures
+
+
+def test_no_step_copies_a_cache_that_changes_sides(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = install(aliasing=False)
+    session = fake.open().start(40)
+    embeds, mask, positions = prompts((4, 9))
+    session.prefill(embeds, mask, positions)
+    monkeypatch.delattr(FakeBuffer, "copy_rows")
+    assert len(list(steps_of(session, mask, positions, tokens_of(2, 6)))) == 6
+    assert (fake.device.captures, fake.device.launches) == (2, 4)
 
 
 def test_a_cache_of_one_size_is_allocated_whole(install: Install) -> None:
@@ -174,16 +187,17 @@ def test_sequences_are_taken_anew(install: Install, reference: QavpModel, aliasi
             check_close(found, expected, ROUNDING)
         mask, positions = np.pad(mask, ((0, 0), (0, steps)), constant_values=1), positions + steps
 
-    go_on([0, 1, 2], 3)
-    assert fake.device.captures == 1
+    sides = 1 if aliasing else 2
+    go_on([0, 1, 2], 5)
+    assert fake.device.captures == sides
     # As many as before stay where they are, and the graph goes on; a swap, and one that comes twice.
     go_on([2, 1, 0], 3)
     go_on([1, 0, 0], 3)
     go_on([2, 2, 2], 1)
-    assert (fake.device.captures, fake.device.launches) == (1, 9)
-    go_on([1, 0, 2, 2], 3)
-    go_on([3], 3)
-    assert fake.device.captures == 3
+    assert (fake.device.captures, fake.device.launches) == (sides, 12 - sides)
+    go_on([1, 0, 2, 2], 4)
+    go_on([3], 4)
+    assert fake.device.captures == 3 * sides
     with pytest.raises(InputError, match=f"there are 5 sequences and the decoder was built for {MAX_BATCH} at once"):
         sessions[1].reorder(np.zeros(5, np.int64))
 

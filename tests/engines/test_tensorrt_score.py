@@ -29,11 +29,13 @@ from tests.passes.test_hybrid_score import KINDS, SIZES
 Array = npt.NDArray[Any]
 
 
-def _scored(size: tuple[int, int, int, int], score_input: ScoreInput, alpha: float, dtype: str) -> ir.Model:
+def _scored(
+    size: tuple[int, int, int, int], score_input: ScoreInput, alpha: float, dtype: str, outlier_weight: float = 0.5
+) -> ir.Model:
     tokens, width, group_size, _ = size
     features = f"{dtype}[B,{tokens},{width}]"
     model = graph(f"({features} x) => ({features} image_features)", "image_features = Identity (x)")
-    InsertHybridScore("image_features", "norm", alpha, group_size, score_input)(model)
+    InsertHybridScore("image_features", "norm", alpha, group_size, score_input, outlier_weight=outlier_weight)(model)
     tap(model, next(value for node in model.graph for value in node.outputs if value.name == SCORE), "score")
     result = lower_scores(model)
     remove_unused(model)
@@ -46,8 +48,8 @@ def _scored(size: tuple[int, int, int, int], score_input: ScoreInput, alpha: flo
 @pytest.mark.parametrize("score_input", ["raw", "rms"])
 def test_scores_are_the_reference_ones_bit_for_bit(score_input: ScoreInput, dtype: str) -> None:
     for number, size in enumerate(SIZES):
-        alpha = (0.5, 0.3, 0.0, 1.0)[number % 4]
-        model = _scored(size, score_input, alpha, dtype)
+        alpha, mix = ((0.5, 0.5), (0.3, 1.0), (0.0, 0.25), (1.0, 0.0))[number % 4]
+        model = _scored(size, score_input, alpha, dtype, mix)
         functions = {function.name for function in model.functions.values()}
         parts = {TOKEN_SENSITIVITY, MIX_TOKEN_SCORE} if size[2] >= 16 else {"HybridTokenScore"}
         assert functions == parts | {"TokenNorm"}
@@ -57,18 +59,24 @@ def test_scores_are_the_reference_ones_bit_for_bit(score_input: ScoreInput, dtyp
             if dtype == "float16":
                 features = features.clip(-60000, 60000).astype(np.float16)
             expected = hybrid_token_score(
-                features, norm_relevance(features), group_size=size[2], alpha=alpha, score_input=score_input
+                features,
+                norm_relevance(features),
+                group_size=size[2],
+                alpha=alpha,
+                score_input=score_input,
+                outlier_weight=mix,
             )
             np.testing.assert_array_equal(runner.run(["score"], {"x": features})[0], expected, err_msg=kind)
 
 
 def test_the_parts_of_the_score_carry_its_settings() -> None:
-    model = _scored((16, 64, 32, 4), "rms", 0.25, "float")
+    model = _scored((16, 64, 32, 4), "rms", 0.25, "float", 0.75)
     (sensitivity,), (mix,) = nodes_of(model, TOKEN_SENSITIVITY), nodes_of(model, MIX_TOKEN_SCORE)
     assert sensitivity.name == f"/prune/score/{TOKEN_SENSITIVITY}"
     assert sensitivity.attributes["group_size"].as_int() == 32
     assert sensitivity.attributes["rms"].as_int() == 1
     assert mix.attributes["alpha"].as_float() == 0.25
+    assert mix.attributes["outlier_weight"].as_float() == 0.75
     assert [value.name for value in sensitivity.outputs] == [value.name for value in mix.inputs[:2] if value]
     for node in (sensitivity, mix):
         assert node.attributes["plugin_namespace"].as_string() == "qavp"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qavp_export.engines.lowering.split import remove_unused
-from qavp_export.engines.tensorrt.lowering.capabilities import Capabilities
+from qavp_export.engines.tensorrt.lowering.capabilities import ATTENTION, Capabilities
 from qavp_export.engines.tensorrt.lowering.half import HalfProducts, stored_weight
-from qavp_export.engines.tensorrt.lowering.network import HALF, LoweredNetwork
+from qavp_export.engines.tensorrt.lowering.network import HALF, LoweredNetwork, summarize
+from qavp_export.engines.tensorrt.lowering.operators import write_out_attention, write_out_operators
 from qavp_export.engines.tensorrt.lowering.score import lower_scores
 from qavp_export.engines.tensorrt.lowering.select import lower_selection
 from qavp_export.passes import realized_precision
@@ -25,27 +26,38 @@ def lower_vision(model: ir.Model, capabilities: Capabilities) -> LoweredNetwork:
        norms, stay float32.
     2. All that scores and selects tokens stays float32. Where there are plugins the score is two of them and the
        selection of diverse tokens three; see `lower_scores` and `lower_selection`.
+    3. Operators that the parser does not take are written out; see `write_out_operators`.
 
     Args:
         model: The vision encoder; it is not changed.
         capabilities: What the network may hold.
+
+    Raises:
+        GraphError: An operator that is written out has a form that is not known.
     """
     requested = {layer.node: layer.precision for layer in realized_precision(model)}
     model = model.clone()
     expected: dict[str, str] = {}
     halves = HalfProducts(model.graph)
     for node in list(model.graph):
-        if name_of(node).startswith(_SCORING):
+        is_scoring = name_of(node).startswith(_SCORING)
+        if node.op_type == ATTENTION and ATTENTION not in capabilities.operators:
+            product = write_out_attention(model.graph, node, ir.DataType.FLOAT if is_scoring else ir.DataType.FLOAT16)
+            expected |= {} if is_scoring else {product: HALF}
             continue
-        if node.op_type == "Attention":
+        if is_scoring:
+            continue
+        if node.op_type == ATTENTION:
             expected[name_of(node)] = HALF
         elif node.op_type in _WITH_WEIGHT and stored_weight(input_of(node, 1)) is not None:
             expected[name_of(node)] = "float16 x float16"
         else:
             continue
         halves.run_in_half(node)
+    notes: tuple[str, ...] = ()
     if capabilities.plugins:
-        lower_scores(model)
-        lower_selection(model)
+        refused = [*lower_scores(model).refused, *lower_selection(model).refused]
+        notes = summarize(refused, "is inlined")
+    write_out_operators(model, capabilities)
     remove_unused(model)
-    return LoweredNetwork(model, {node: requested.get(node, HALF) for node in expected}, expected)
+    return LoweredNetwork(model, {node: requested.get(node, HALF) for node in expected}, expected, notes)
