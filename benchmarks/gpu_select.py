@@ -12,7 +12,7 @@ from gpu_timing import Kernels, Launch, time_launches
 
 from qavp_export.engines.kernels import select
 from qavp_export.engines.kernels.compile import KernelSpec
-from qavp_export.numerics.diverse import Diversity, choose_diverse
+from qavp_export.numerics.diverse import Diversity, choose_diverse, code_width
 
 # Types, images, tokens, channels, tokens to choose.
 Case = tuple[str, int, int, int, int]
@@ -44,7 +44,8 @@ def select_specs() -> Iterator[KernelSpec]:
 def _specs(case: Case, rule: Diversity) -> tuple[KernelSpec, KernelSpec, KernelSpec]:
     dtype, _, tokens, width, kept = case
     choose = select.select_dpp_spec if rule == "dpp" else select.select_maxmin_spec
-    return select.token_codes_spec(dtype, width), select.token_products_spec(tokens, width), choose(tokens, kept)
+    products = select.token_products_spec(tokens, code_width(width))
+    return select.token_codes_spec(dtype, width), products, choose(tokens, kept)
 
 
 class SelectBench:
@@ -101,7 +102,7 @@ class SelectBench:
         self, case: Case, rule: Diversity, features: torch.Tensor, score: torch.Tensor
     ) -> tuple[Sequence[Launch], tuple[torch.Tensor, torch.Tensor]]:
         _, images, tokens, width, kept = case
-        codes = torch.full((images, tokens, width), -77, dtype=torch.int8, device="cuda")
+        codes = torch.full((images, tokens, code_width(width)), -77, dtype=torch.int8, device="cuda")
         products = torch.full((images, tokens, tokens), float("nan"), device="cuda")
         indices, order = (torch.full((images, kept), -1, dtype=torch.int32, device="cuda") for _ in range(2))
         rows = torch.full((images, kept, select.row_width(tokens)), float("nan"), dtype=torch.float16, device="cuda")

@@ -148,7 +148,7 @@ def add_function(model: ir.Model, function: ir.Function) -> None:
 
 def _pairwise_sum(name: str, width: int) -> str:
     """Lines that sum `{name}_squared` over the last axis into `{name}_sum`, of size 1 there."""
-    lines, source, step = [], f"{name}_squared", 0
+    lines, source, step = [f"  {name}_pair_axis = Constant <value_ints: ints = [2]> ()"], f"{name}_squared", 0
     while width > 1:
         half, step = width // 2, step + 1
         first, second, odd = (f"{name}_{part}_{step}" for part in ("first", "second", "odd"))
@@ -160,8 +160,11 @@ def _pairwise_sum(name: str, width: int) -> str:
             lines.append(f"  {folded}_even = Add ({first}, {second})")
             lines.append(f"  {folded} = Concat <axis: int = -1> ({folded}_even, {odd})")
         else:
-            lines.append(f"  {first}, {second} = Split <axis: int = -1, num_outputs: int = 2> ({source})")
-            lines.append(f"  {folded} = Add ({first}, {second})")
+            # A sum of two has no order; the reduction reads both halves where they are, a Split copies them first.
+            pairs = f"{name}_pairs_{step}"
+            lines.append(f"  {pairs}_shape = Constant <value_ints: ints = [0, 0, 2, {half}]> ()")
+            lines.append(f"  {pairs} = Reshape ({source}, {pairs}_shape)")
+            lines.append(f"  {folded} = ReduceSum <keepdims: int = 0> ({pairs}, {name}_pair_axis)")
         source, width = folded, half + width % 2
     return "\n".join([*lines, f"  {name}_sum = Identity ({source})"])
 

@@ -6,7 +6,18 @@ from typing import Literal, TypeAlias
 
 import onnx_ir as ir
 
-from qavp_export.numerics.diverse import FLOOR, FULL, MARGIN, TINY, UNIT, Diversity, code_limit
+from qavp_export.numerics.diverse import (
+    FLOOR,
+    FULL,
+    LARGEST_CODE,
+    MARGIN,
+    MOST_CHANNELS,
+    TINY,
+    UNIT,
+    Diversity,
+    padded_width,
+    sketch_signs,
+)
 from qavp_export.passes.functions import parse_function
 
 SELECT_DIVERSE = "SelectDiverse"
@@ -16,33 +27,29 @@ Form: TypeAlias = Literal["portable", "cpu"]
 # Loops are nested: rows that are added one by one are copied with their block only.
 _BLOCK = 8
 
+# Products are symmetric. `cpu` computes them in so many bands of rows, from the diagonal on: of more bands the copies
+# would cost what the products save.
+_BANDS = 4
+
 _SIMILARITY = """
   last = Constant <value_ints: ints = [-1]> ()
   first = Constant <value_ints: ints = [0]> ()
   second = Constant <value_ints: ints = [1]> ()
+  third = Constant <value_ints: ints = [2]> ()
   more = Constant <value: tensor = bool {{1}}> ()
   levels = Constant <value_float: float = {levels}> ()
   tiny = Constant <value_float: float = {tiny}> ()
   unit = Constant <value_float: float = {unit}> ()
   least = Constant <value_float: float = 1.0> ()
-  values = Cast <to: int = 1> (image_features)
+  all_channels = Cast <to: int = 1> (image_features)
+{sketch}
   magnitude = Abs (values)
   peak = ReduceMax <keepdims: int = 1> (magnitude, last)
   share = Div (peak, levels)
   step = Max (share, tiny)
   ratio = Div (values, step)
   codes = Round (ratio)
-{gram}
-  images = Shape <start: int = 0, end: int = 1> (codes)
-  tokens = Shape <start: int = 1, end: int = 2> (codes)
-  zero = Constant <value_int: int = 0> ()
-  one = Constant <value_int: int = 1> ()
-  token_count = Squeeze (tokens, first)
-  raster = Range (zero, token_count, one)
-  raster_column = Unsqueeze (raster, second)
-  diagonal_shape = Concat <axis: int = 0> (images, tokens, second)
-  diagonal = Expand (raster_column, diagonal_shape)
-  own = GatherElements <axis: int = 2> (gram, diagonal)
+  {products}
   own_row = Transpose <perm: ints = [0, 2, 1]> (own)
   square = Cast <to: int = 1> (own_row)
   positive = Max (square, least)
@@ -52,26 +59,88 @@ _SIMILARITY = """
   each_image = Concat <axis: int = 0> (images, second, second)
 """
 
-_GRAMS = {
-    "portable": """
+_SIZES = """
+  images = Shape <start: int = 0, end: int = 1> (codes)
+  tokens = Shape <start: int = 1, end: int = 2> (codes)
+"""
+
+_DIAGONAL = """
+  zero = Constant <value_int: int = 0> ()
+  one = Constant <value_int: int = 1> ()
+  token_count = Squeeze (tokens, first)
+  raster = Range (zero, token_count, one)
+  raster_column = Unsqueeze (raster, second)
+  diagonal_shape = Concat <axis: int = 0> (images, tokens, second)
+  diagonal = Expand (raster_column, diagonal_shape)
+  own = GatherElements <axis: int = 2> (gram, diagonal)
+"""
+
+_GRAM = """
   swapped = Transpose <perm: ints = [0, 2, 1]> (codes)
   gram = MatMul (codes, swapped)
-""",
-    "cpu": """
+"""
+
+_INTEGERS = """
   signed = Cast <to: int = 3> (codes)
   middle = Constant <value_float: float = 128.0> ()
   shifted = Add (codes, middle)
   unsigned = Cast <to: int = 2> (shifted)
   swapped = Transpose <perm: ints = [0, 2, 1]> (signed)
   zero_point = Constant <value: tensor = uint8 {128}> ()
-  gram = MatMulInteger (unsigned, swapped, zero_point)
-""",
-}
+  band_count = Constant <value_ints: ints = [@bands]> ()
+"""
+
+# Band i: tokens from `edge_i` on, times all from there on.
+_BAND = """
+  number_@i = Constant <value_ints: ints = [@i]> ()
+  next_@i = Constant <value_ints: ints = [@next]> ()
+  part_@i = Mul (tokens, number_@i)
+  next_part_@i = Mul (tokens, next_@i)
+  edge_@i = Div (part_@i, band_count)
+  next_edge_@i = Div (next_part_@i, band_count)
+  left_@i = Slice (unsigned, edge_@i, next_edge_@i, second)
+  right_@i = Slice (swapped, edge_@i, tokens, third)
+  upper_@i = MatMulInteger (left_@i, right_@i, zero_point)
+"""
+
+# What band i has in common with band j above it.
+_MIRROR = """
+  begin_@i_@j = Sub (edge_@i, edge_@j)
+  end_@i_@j = Sub (next_edge_@i, edge_@j)
+  above_@i_@j = Slice (upper_@j, begin_@i_@j, end_@i_@j, third)
+  mirrored_@i_@j = Transpose <perm: ints = [0, 2, 1]> (above_@i_@j)
+"""
+
+# No products: what a row of them is made of, for `dpp`, which needs few rows. ONNX Runtime multiplies one vector of
+# unsigned integers without a zero point by a matrix in place; anything else it copies the matrix for.
+_FACTORS = """
+  signed = Cast <to: int = 3> (codes)
+  swapped = Transpose <perm: ints = [0, 2, 1]> (signed)
+  shift = Constant <value_float: float = {levels}> ()
+  shifted = Add (codes, shift)
+  unsigned = Cast <to: int = 2> (shifted)
+  code_sum = ReduceSum <keepdims: int = 1> (codes, last)
+  code_sum_row = Transpose <perm: ints = [0, 2, 1]> (code_sum)
+  excess = Mul (code_sum_row, shift)
+  code_square = Mul (codes, codes)
+  own = ReduceSum <keepdims: int = 1> (code_square, last)
+"""
+
+_STORED_ROW = """
+      products = GatherND <batch_dims: int = 1> (gram, picked)
+      float_products = Cast <to: int = 1> (products)
+"""
+
+_NEW_ROW = """
+      code = GatherND <batch_dims: int = 1> (unsigned, picked)
+      raised = MatMulInteger (code, swapped)
+      float_raised = Cast <to: int = 1> (raised)
+      float_products = Sub (float_raised, excess)
+"""
 
 # Token j against all: `cosine [B,1,N]` in units of 2^-22, given `picked [B,1,1]`.
 _COSINE = """
-      products = GatherND <batch_dims: int = 1> (gram, picked)
-      float_products = Cast <to: int = 1> (products)
+{row}
       own_scale = GatherElements <axis: int = 2> (scale, picked)
       scales = Mul (scale, own_scale)
       cosine = Mul (float_products, scales)
@@ -216,13 +285,18 @@ def select_diverse(select: Diversity, width: int, opset: int, form: Form = "port
         width: Channels per token, D.
         opset: The version of the standard operators that the model imports.
         form: `portable` keeps the shapes of what its loops carry, as TensorRT requires. `cpu` gives the same indices
-            and is faster there: it multiplies 8-bit integers, and reads only the rows that were written.
+            and is faster there: it multiplies 8-bit integers, for `dpp` only those of chosen tokens, and reads only the
+            rows that were written.
 
     Returns:
         The function.
     """
-    constants = {"unit": UNIT, "levels": float(code_limit(width)), "tiny": TINY}
-    body = _SIMILARITY.format(gram=_GRAMS[form], **constants)
+    levels, cosine = float(LARGEST_CODE), _COSINE.format(row=_STORED_ROW)
+    # Where TensorRT's plugins take over, sizes are read off the products: they come first.
+    products = _GRAM + _SIZES + _DIAGONAL if form == "portable" else _SIZES + _integer_gram() + _DIAGONAL
+    if form == "cpu" and select == "dpp":
+        products, cosine = _SIZES + _FACTORS.format(levels=levels), _COSINE.format(row=_NEW_ROW)
+    body = _SIMILARITY.format(sketch=_sketch(width), products=products, unit=UNIT, levels=levels, tiny=TINY)
     if select == "dpp":
         body += _DPP.format(
             margin=MARGIN,
@@ -231,10 +305,46 @@ def select_diverse(select: Diversity, width: int, opset: int, form: Form = "port
             block=_BLOCK,
             block_less=_BLOCK - 1,
             capacity="padded" if form == "portable" else "second",
-            cosine=_COSINE,
+            cosine=cosine,
             append=_APPENDS[form],
         )
     else:
-        body += _MAXMIN.format(grid=1 / UNIT, unit=UNIT, opposite=-UNIT, masked=-FULL, beyond=2 * UNIT, cosine=_COSINE)
+        body += _MAXMIN.format(grid=1 / UNIT, unit=UNIT, opposite=-UNIT, masked=-FULL, beyond=2 * UNIT, cosine=cosine)
     signature = f"{SELECT_DIVERSE} (image_features, score, count) => (indices, order)"
     return parse_function(signature, body + _SORT, opset, f"select={select}, {width} channels")
+
+
+def _sketch(width: int) -> str:
+    """Lines that sketch `all_channels` into `values`."""
+    if width <= MOST_CHANNELS:
+        return "  values = Identity (all_channels)"
+    signs = ", ".join(f"{sign:.0f}" for sign in sketch_signs(width))
+    half, source = padded_width(width), "signed_channels"
+    lines = [
+        f"  signs = Constant <value: tensor = float[{width}] {{{signs}}}> ()",
+        "  signed_channels = Mul (all_channels, signs)",
+    ]
+    if half > width:
+        lines.append(f"  pads = Constant <value_ints: ints = [0, 0, 0, 0, 0, {half - width}]> ()")
+        lines.append("  padded_channels = Pad (signed_channels, pads)")
+        source = "padded_channels"
+    while half > MOST_CHANNELS:
+        half //= 2
+        # A sum of two has no order; ONNX Runtime takes longer to split and add.
+        lines.append(f"  halves_shape_{half} = Constant <value_ints: ints = [0, 0, 2, {half}]> ()")
+        lines.append(f"  halves_{half} = Reshape ({source}, halves_shape_{half})")
+        lines.append(f"  folded_{half} = ReduceSum <keepdims: int = 0> (halves_{half}, third)")
+        source = f"folded_{half}"
+    return "\n".join([*lines, f"  values = Identity ({source})"])
+
+
+def _integer_gram() -> str:
+    """Lines that multiply `codes` with themselves, in 8-bit integers, into `gram`."""
+    lines, rows = [_INTEGERS.replace("@bands", str(_BANDS))], []
+    for band in range(_BANDS):
+        lines.append(_BAND.replace("@i", str(band)).replace("@next", str(band + 1)))
+        lines += [_MIRROR.replace("@i", str(band)).replace("@j", str(above)) for above in range(band)]
+        parts = [*(f"mirrored_{band}_{above}" for above in range(band)), f"upper_{band}"]
+        lines.append(f"  whole_{band} = Concat <axis: int = 2> ({', '.join(parts)})")
+        rows.append(f"whole_{band}")
+    return "\n".join([*lines, f"  gram = Concat <axis: int = 1> ({', '.join(rows)})"])

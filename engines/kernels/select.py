@@ -1,16 +1,16 @@
 """Selection of diverse tokens on GPUs (`numerics/diverse.py`) in three launches; indices are the reference's.
 
-`token_codes` rounds tokens to 8-bit codes, `token_products` multiplies them, and one program for each image then
-chooses: `select_dpp` or `select_maxmin`. One launch for all of it would be one program for each image, whose one
-multiprocessor would read and multiply everything. What chooses needs one row of products for each step, and its steps
-follow one another.
+`token_codes` sketches tokens and rounds them to 8-bit codes, `token_products` multiplies them, and one program for each
+image then chooses: `select_dpp` or `select_maxmin`. One launch for all of it would be one program for each image, whose
+one multiprocessor would read and multiply everything. What chooses needs one row of products for each step, and its
+steps follow one another.
 
 Products of codes are integers that float32 holds, and so are the sums of products of Cholesky rows, in any order; the
 rest is the reference's float32 arithmetic, operation for operation.
 """
 
 # A `triton.jit` function's types are its specification's.
-# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, var-annotated"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, var-annotated, misc"
 
 from __future__ import annotations
 
@@ -22,7 +22,18 @@ import triton.language as tl  # type: ignore[import-untyped]
 from qavp_export.engines.kernels.compile import KernelSpec
 from qavp_export.engines.kernels.types import load_values
 from qavp_export.errors import InputError
-from qavp_export.numerics.diverse import FLOOR, FULL, MARGIN, MOST_KEPT, TINY, UNIT, code_limit
+from qavp_export.numerics.diverse import (
+    FLOOR,
+    FULL,
+    HASH,
+    LARGEST_CODE,
+    MARGIN,
+    MOST_KEPT,
+    TINY,
+    UNIT,
+    code_width,
+    padded_width,
+)
 
 # A program holds a whole token in registers, and one value of each of an image's tokens.
 MOST_CHANNELS = 16384
@@ -46,17 +57,33 @@ _FULL: tl.constexpr = tl.constexpr(FULL)
 _FLOOR: tl.constexpr = tl.constexpr(FLOOR)
 _MARGIN: tl.constexpr = tl.constexpr(MARGIN)
 _TINY: tl.constexpr = tl.constexpr(TINY)
+_LEVELS: tl.constexpr = tl.constexpr(float(LARGEST_CODE))
+_HASH: tl.constexpr = tl.constexpr(HASH[0])
+_HASH_AGAIN: tl.constexpr = tl.constexpr(HASH[1])
 
 
 @triton.jit
-def token_codes(features, codes, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """Codes of one token: features `[tokens, WIDTH]`, codes like them in int8."""
-    start = tl.program_id(0).to(tl.int64) * WIDTH
+def token_codes(features, codes, WIDTH: tl.constexpr, CODES: tl.constexpr, BLOCK: tl.constexpr, FOLDS: tl.constexpr):
+    """Codes of one token: features `[tokens, WIDTH]`, codes `[tokens, CODES]` int8.
+
+    A sketch adds up `2^FOLDS` blocks of channels; with no folds it is the token.
+    """
+    token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
-    values = tl.load(features + start + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
-    step = tl.maximum(tl.div_rn(tl.max(tl.abs(values), axis=0), LEVELS), _TINY)
+    blocks = ()
+    for block in tl.static_range(1 << FOLDS):
+        here = block * BLOCK + channel
+        part = tl.load(features + token * WIDTH + here, mask=here < WIDTH, other=0.0).to(tl.float32)
+        blocks += (tl.where(_is_negated(here), -part, part) if FOLDS > 0 else part,)
+    for fold in tl.static_range(FOLDS):
+        sums = ()
+        for block in tl.static_range(1 << (FOLDS - 1 - fold)):
+            sums += (blocks[block] + blocks[block + (1 << (FOLDS - 1 - fold))],)
+        blocks = sums
+    (values,) = blocks
+    step = tl.maximum(tl.div_rn(tl.max(tl.abs(values), axis=0), _LEVELS), _TINY)
     code = tl.div_rn(values, step) + _ROUND - _ROUND
-    tl.store(codes + start + channel, code.to(tl.int8), mask=channel < WIDTH)
+    tl.store(codes + token * CODES + channel, code.to(tl.int8), mask=channel < CODES)
 
 
 @triton.jit
@@ -185,6 +212,14 @@ def select_maxmin(
 
 
 @triton.jit
+def _is_negated(channel):
+    """Whether a sketch changes the sign of a channel."""
+    bits = channel.to(tl.uint32) * _HASH
+    bits = (bits ^ (bits >> 15)) * _HASH_AGAIN
+    return (bits >> 31) != 0
+
+
+@triton.jit
 def _scale(square):
     """2048 over the norms of tokens."""
     return tl.div_rn(_UNIT, tl.sqrt_rn(tl.maximum(square, 1.0)))
@@ -223,7 +258,8 @@ def _store_sorted(indices, token, taken):
 def token_codes_spec(dtype: str, width: int) -> KernelSpec:
     """Specifies `token_codes`: launch it with `token_codes_grid`.
 
-    Run-time arguments: features `[tokens, width]`, codes `[tokens, width]` int8; pointers are multiples of 16.
+    Run-time arguments: features `[tokens, width]`, codes `[tokens, code_width(width)]` int8; pointers are multiples of
+    16.
 
     Args:
         dtype: Of the features: `fp16`, `bf16` or `fp32`.
@@ -235,9 +271,12 @@ def token_codes_spec(dtype: str, width: int) -> KernelSpec:
     load_values(dtype)
     if not 1 <= width <= MOST_CHANNELS:
         raise InputError(f"the selection kernels take at most {MOST_CHANNELS} channels, not {width}")
-    block = triton.next_power_of_2(width)
-    warps = min(_MOST_WARPS, max(1, block // (_WARP * _THREAD_CHANNELS)))
-    constants = {"WIDTH": width, "BLOCK": block, "LEVELS": float(code_limit(width))}
+    padded, kept = padded_width(width), code_width(width)
+    warps = min(_MOST_WARPS, max(1, padded // (_WARP * _THREAD_CHANNELS)))
+    block = min(padded, padded_width(kept))
+    folds = (padded // block).bit_length() - 1
+    constants: dict[str, int | float | bool | None]
+    constants = {"WIDTH": width, "CODES": kept, "BLOCK": block, "FOLDS": folds}
     return _spec("token_codes", {"features": f"*{dtype}", "codes": "*i8"}, constants, warps)
 
 
@@ -254,7 +293,7 @@ def token_products_spec(tokens: int, width: int) -> KernelSpec:
 
     Args:
         tokens: Tokens of an image.
-        width: Channels per token.
+        width: Channels of the codes.
 
     Raises:
         InputError: The kernel has no such variant.

@@ -101,6 +101,7 @@ class _ExprBuilder:
             operations.CEIL_DIV: lambda a, b: -(-a // b),
             operations.MAX: max,
             operations.MIN: min,
+            operations.LESS: operator.lt,
         }
 
     def constant(self, value: int) -> _Expr:

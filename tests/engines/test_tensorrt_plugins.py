@@ -87,7 +87,8 @@ def _sensitivity(dtype: str, rms: int) -> Case:
 
 def _mix(tokens: int) -> Case:
     sizes = {"opt": [4], "most": [64], "tokens": [3]}
-    return {"name": "MixTokenScore", "inputs": [["FLOAT", [-1, tokens]]] * 3, "attributes": {"alpha": 0.3}, **sizes}
+    attributes = {"alpha": 0.3, "outlier_weight": 0.7}
+    return {"name": "MixTokenScore", "inputs": [["FLOAT", [-1, tokens]]] * 3, "attributes": attributes, **sizes}
 
 
 def _selection(name: str, inputs: list[list[object]], **attributes: int) -> Case:
@@ -104,6 +105,7 @@ CASES: dict[str, Case] = {
     "mix": _mix(25),
     "mix of a static size": _mix(32),
     "codes": _selection("TokenCodes", [["HALF", [-1, 25, 96]]]),
+    "codes of a sketch": _selection("TokenCodes", [["FLOAT", [-1, 25, 4096]]]),
     "products": _selection("TokenProducts", [["INT8", [-1, 25, 96]]]),
     "dpp": _selection("SelectDpp", [_PRODUCTS, _SCORE], kept=9),
     "maxmin": _selection("SelectMaxmin", [_PRODUCTS], kept=9),
@@ -131,7 +133,6 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 OUTPUTS = {
     "TokenSensitivity": (["FLOAT", "FLOAT"], [[3, 25], [3, 25]]),
     "QuantizeTwoLevel": (["INT8", "FLOAT"], [[2, 9, 192], [2, 9, 1]]),
-    "TokenCodes": (["INT8"], [[3, 25, 96]]),
     "TokenProducts": (["FLOAT"], [[3, 25, 25]]),
     "SelectDpp": (["INT32", "INT32", "HALF"], [[3, 9], [3, 9], [3, 9, row_width(25)]]),
     "SelectMaxmin": (["INT32", "INT32"], [[3, 9], [3, 9]]),
@@ -141,7 +142,12 @@ OUTPUTS = {
 def test_outputs_have_the_functions_types_and_shapes(reports: dict[str, Report]) -> None:
     for name, case in CASES.items():
         report = reports[name]
-        if case["name"] in OUTPUTS:
+        if case["name"] == "TokenCodes":
+            assert (report["types"], report["shapes"]) == (
+                ["INT8"],
+                [[3, 25, {96: 96, 4096: 1024}[case["inputs"][0][1][2]]]],
+            )
+        elif case["name"] in OUTPUTS:
             assert (report["types"], report["shapes"]) == OUTPUTS[case["name"]]
         elif case["name"] == "W4A4MatMul":
             assert (report["types"], report["shapes"]) == (["FLOAT"], [[*case["tokens"], 70]])

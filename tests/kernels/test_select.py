@@ -17,8 +17,9 @@ from qavp_export.engines.kernels.select import (
     token_products_spec,
 )
 from qavp_export.errors import InputError
-from qavp_export.numerics.diverse import FLOOR, FULL, UNIT, Diversity, choose_diverse, token_codes
+from qavp_export.numerics.diverse import FLOOR, FULL, UNIT, Diversity, choose_diverse, code_width, token_codes
 from tests.kernels.interpreter import Array, Interpreter
+from tests.token_sets import draw_tokens
 
 NUMPY = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "fp32": np.float32}
 BOTH: list[Diversity] = ["dpp", "maxmin"]
@@ -40,10 +41,11 @@ def _inside(result: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _codes(interpreter: Interpreter, features: Array, dtype: str) -> Array:
-    arguments = {"features": features, "codes": _poisoned(features.size, np.int8, POISON)}
     images, tokens, width = features.shape
+    shape = images, tokens, code_width(width)
+    arguments = {"features": features, "codes": _poisoned(int(np.prod(shape)), np.int8, POISON)}
     results = interpreter.run(token_codes_spec(dtype, width), token_codes_grid(images * tokens), arguments)
-    return _inside(results["codes"], features.shape)
+    return _inside(results["codes"], shape)
 
 
 def _products(interpreter: Interpreter, codes: Array) -> Array:
@@ -93,46 +95,12 @@ def _products_of(codes: Array) -> Array:
     return (wide @ wide.swapaxes(1, 2)).astype(np.float32)
 
 
-def _adversarial(seed: int, tokens: int, width: int) -> tuple[Array, Array]:
-    """Draws features and scores: random, duplicates, zeros, ties, few directions, wide ranges, all the same, tiny."""
-    rng = np.random.default_rng(seed)
-    x, score = rng.standard_normal((2, tokens, width)), rng.random((2, tokens))
-    match seed % 9:
-        case 1:
-            x = x[:, rng.integers(0, tokens, tokens)]
-        case 2:
-            x[:, rng.random(tokens) < 0.4] = 0
-        case 3:
-            score[:] = 0.5
-        case 4:
-            x, score = np.rint(x), np.rint(3 * score)
-        case 5:
-            x = x[:, :, :2] @ rng.standard_normal((2, width)) + 1e-3 * x
-        case 6:
-            x *= 10.0 ** rng.integers(-6, 4, (2, tokens, 1))
-        case 7:
-            x[:], score[:] = x[:1, :1], 0
-        case 8:
-            # Halves of codes, and values that count as nothing.
-            x = rng.integers(-128, 129, x.shape) / 2
-            x[..., 0] = 64
-            x[:, ::3] = 1e-30 * rng.integers(-3, 4, x[:, ::3].shape)
-    return x.astype(np.float32), score.astype(np.float32)
-
-
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("width", [5, 48, 300, 1152, 4096, 4099])
 def test_codes_are_the_reference_ones(interpreter: Interpreter, dtype: str, width: int) -> None:
-    for seed in (0, 2, 6, 8):
-        features = _adversarial(seed, 9, width)[0].astype(NUMPY[dtype])
+    for seed in (0, 2, 6, 9, 10):
+        features = draw_tokens(seed, 2, 9, width)[0].astype(NUMPY[dtype])
         np.testing.assert_array_equal(_codes(interpreter, features, dtype), token_codes(features))
-
-
-def test_codes_of_many_channels_are_smaller(interpreter: Interpreter) -> None:
-    features = np.random.default_rng(0).standard_normal((1, 3, 16384)).astype(np.float32)
-    codes = _codes(interpreter, features, "fp32")
-    assert abs(codes).max() == 32
-    np.testing.assert_array_equal(codes, token_codes(features))
 
 
 @pytest.mark.parametrize(("images", "tokens", "width"), [(1, 1, 1), (2, 63, 48), (1, 65, 300), (2, 130, 131)])
@@ -148,13 +116,13 @@ def test_the_largest_products_are_exact(interpreter: Interpreter) -> None:
 
 
 @pytest.mark.parametrize("select", BOTH)
-@pytest.mark.parametrize(("tokens", "width", "inputs"), [(1, 48, 3), (7, 5, 36), (20, 96, 9), (37, 131, 9)])
+@pytest.mark.parametrize(("tokens", "width", "inputs"), [(1, 48, 3), (7, 5, 44), (20, 96, 11), (37, 131, 11)])
 def test_choices_are_the_reference_ones(
     interpreter: Interpreter, tokens: int, width: int, inputs: int, select: Diversity
 ) -> None:
     # Rows of 37 tokens come to more than one step of the loop over rows.
     for seed in range(inputs):
-        x, score = _adversarial(seed, tokens, width)
+        x, score = draw_tokens(seed, 2, tokens, width)
         kept = (tokens, 1, max(1, tokens // 3), max(1, tokens - 1))[seed % 4]
         indices, order = _choose(interpreter, select, _products_of(token_codes(x)), score, kept)
         expected = choose_diverse(select, x, score, kept)
@@ -162,11 +130,12 @@ def test_choices_are_the_reference_ones(
         np.testing.assert_array_equal(indices, np.sort(expected, axis=-1), err_msg=f"input {seed}")
 
 
+@pytest.mark.parametrize("width", [131, 1500])
 @pytest.mark.parametrize("dtype", NUMPY)
 @pytest.mark.parametrize("select", BOTH)
-def test_the_launches_together(interpreter: Interpreter, select: Diversity, dtype: str) -> None:
+def test_the_launches_together(interpreter: Interpreter, select: Diversity, dtype: str, width: int) -> None:
     for seed in (0, 2, 5, 6):
-        x, score = _adversarial(seed, 23, 131)
+        x, score = draw_tokens(seed, 2, 23, width)
         features = x.astype(NUMPY[dtype])
         products = _products(interpreter, _codes(interpreter, features, dtype))
         _, order = _choose(interpreter, select, products, score, 19)
@@ -189,7 +158,7 @@ def test_the_sizes_of_a_7b_model(interpreter: Interpreter, select: Diversity) ->
 def test_whatever_the_score_is_the_choice_is_of_different_tokens(
     interpreter: Interpreter, select: Diversity, value: float
 ) -> None:
-    x, score = _adversarial(0, 9, 48)
+    x, score = draw_tokens(0, 2, 9, 48)
     score[:, 3] = value
     indices, order = _choose(interpreter, select, _products_of(token_codes(x)), score, 9)
     assert indices.tolist() == [list(range(9))] * 2

@@ -16,7 +16,9 @@ from qavp_export.numerics.diverse import (
     UNIT,
     Diversity,
     choose_diverse,
-    code_limit,
+    code_width,
+    sketch,
+    sketch_signs,
     token_codes,
 )
 from qavp_export.numerics.select import select_tokens
@@ -103,9 +105,9 @@ def test_all_tokens_and_one(select: Diversity) -> None:
 @pytest.mark.parametrize("select", BOTH)
 def test_no_order_of_summation_and_no_scale_of_a_token_changes_a_choice(select: Diversity) -> None:
     rng = np.random.default_rng(5)
-    features, score = _draw(6, tokens=60, width=4096)
+    features, score = _draw(6, tokens=60, width=1024)
     expected = choose_diverse(select, features, score, 60)
-    np.testing.assert_array_equal(choose_diverse(select, features[..., rng.permutation(4096)], score, 60), expected)
+    np.testing.assert_array_equal(choose_diverse(select, features[..., rng.permutation(1024)], score, 60), expected)
     # Powers of two change no bit of the codes.
     scaled = features * np.exp2(rng.integers(-20, 20, (1, 60, 1))).astype(np.float32)
     np.testing.assert_array_equal(choose_diverse(select, scaled, score, 60), expected)
@@ -119,17 +121,55 @@ def test_half_precision_features_are_taken_as_they_are() -> None:
     )
 
 
-@pytest.mark.parametrize("width", [1, 3, 64, 4096, 4097, 5120, 8192, 16384])
+@pytest.mark.parametrize("width", [1, 3, 64, 1024, 1025, 4096, 5120, 16384])
 def test_products_of_codes_fit_float32(width: int) -> None:
-    limit = code_limit(width)
-    assert width * limit**2 <= 2**24
-    # 8-bit products, added in pairs in 16 bits, as x86 before VNNI does.
-    assert 2 * (limit + 128) * limit < 2**15
+    # Raised by 64, as the CPU's form multiplies them; and in pairs in 16 bits, as x86 before VNNI does.
+    assert code_width(width) * 128 * 64 < 2**24
+    assert 2 * (64 + 128) * 64 < 2**15
     features = np.random.default_rng(width).standard_normal((1, 2, width)).astype(np.float32)
     features[0, 1] = np.sign(features[0, 1])
     codes = token_codes(features)
-    assert (np.abs(codes).max(axis=-1) == limit).all()
-    np.testing.assert_allclose(codes[0, 0], features[0, 0] / np.abs(features[0, 0]).max() * limit, atol=0.5 + 1e-4)
+    assert codes.shape == (1, 2, min(width, 1024))
+    assert (np.abs(codes).max(axis=-1) == 64).all()
+    if width <= 1024:
+        expected = features[0, 0] / np.abs(features[0, 0]).max() * 64
+        np.testing.assert_allclose(codes[0, 0], expected, atol=0.5 + 1e-4)
+
+
+def test_a_sketch_by_hand() -> None:
+    # The hash in Python's integers.
+    bits = [channel * 0x9E3779B1 % 2**32 for channel in range(5120)]
+    signs = [1 - 2 * ((value ^ value >> 15) * 0x85EBCA77 % 2**32 >> 31) for value in bits]
+    np.testing.assert_array_equal(sketch_signs(5120), signs)
+    # Small integers: no sum is rounded.
+    values = np.random.default_rng(0).integers(-9, 10, (2, 3, 5120)).astype(np.float32)
+    expected = sum(values[..., at : at + 1024] * signs[at : at + 1024] for at in range(0, 5120, 1024))
+    np.testing.assert_array_equal(sketch(values), expected)
+    np.testing.assert_array_equal(sketch(values[..., :1024]), values[..., :1024])
+    narrow = sketch(values[..., :1030])
+    np.testing.assert_array_equal(narrow[..., 6:], values[..., 6:1024] * signs[6:1024])
+
+
+def test_a_sketch_adds_halves_of_all_channels_first() -> None:
+    # One and 2^-24 add up to one, but twice 2^-24 counts.
+    values = np.zeros((1, 4096), np.float32)
+    values[0, ::1024] = np.array([1, 2**-24, 2**-24, 2**-24]) * sketch_signs(4096)[::1024]
+    assert sketch(values)[0, 0] == np.float32(1 + 2**-23)
+    values[0, 1024] = 0
+    assert sketch(values)[0, 0] == 1
+
+
+def test_a_sketch_keeps_cosines() -> None:
+    # Of 4096 channels in 1024: a standard deviation of at most (1 - 1/4) / 1024, doubled for like tokens: 0.04.
+    rng = np.random.default_rng(3)
+    features = rng.standard_normal((1, 40, 4096)) + rng.standard_normal((1, 1, 4096)) * np.linspace(0, 3, 40)[:, None]
+    features = features.astype(np.float32)
+    error = (_cosines(sketch(features)) - _cosines(features))[np.triu_indices(40, 1)]
+    assert np.abs(error).max() < 0.16
+    assert np.abs(error).mean() < 0.04
+    same = np.tile(features[:, :1], (1, 3, 1)) * np.float32([[[1], [3], [-2]]])
+    np.testing.assert_array_equal(token_codes(same)[0, 1], token_codes(same)[0, 0])
+    np.testing.assert_array_equal(token_codes(same)[0, 2], -token_codes(same)[0, 0])
 
 
 def test_rows_fit_float32() -> None:

@@ -15,7 +15,7 @@ from qavp_export.engines.tensorrt.functions import (
 )
 from qavp_export.engines.tensorrt.lowering.cut import cut_nodes
 from qavp_export.errors import InputError
-from qavp_export.numerics.diverse import Diversity
+from qavp_export.numerics.diverse import Diversity, code_width
 from qavp_export.passes._builder import Dim, NodeBuilder
 from qavp_export.passes._infra import RewriteResult
 from qavp_export.passes._linear import input_of, name_of
@@ -77,8 +77,10 @@ def _cut(model: ir.Model, node: ir.Node, function: ir.Function) -> None:
     features, score = input_of(node, 0), input_of(node, 1)
     images, tokens, width = tuple(features.shape or ())
     builder = NodeBuilder(name_of(node).removesuffix(f"/{SELECT_DIVERSE}"))
+    # `_why_not` has seen that the number of channels is fixed.
+    channels = code_width(width) if isinstance(width, int) else width
     codes = builder.op(
-        TOKEN_CODES, TOKEN_CODES, [features], _INT8, (images, tokens, width), PLUGIN_ATTRIBUTES, domain=DOMAIN
+        TOKEN_CODES, TOKEN_CODES, [features], _INT8, (images, tokens, channels), PLUGIN_ATTRIBUTES, domain=DOMAIN
     )
     shape: tuple[Dim, ...] = (images, tokens, tokens)
     products = builder.op(TOKEN_PRODUCTS, TOKEN_PRODUCTS, [codes], _FLOAT, shape, PLUGIN_ATTRIBUTES, domain=DOMAIN)

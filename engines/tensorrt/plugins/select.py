@@ -18,10 +18,11 @@ from qavp_export.engines.kernels.select import (
 )
 from qavp_export.engines.tensorrt.functions import SELECT_DPP, SELECT_MAXMIN, TOKEN_CODES, TOKEN_PRODUCTS
 from qavp_export.engines.tensorrt.plugins.plugin import Compiler, Launch, Plugin, Setting, Tensor
+from qavp_export.numerics.diverse import MOST_CHANNELS
 
 
 class TokenCodes(Plugin):
-    """`image_features [B,N,D]` -> `codes [B,N,D]` INT8."""
+    """`image_features [B,N,D]` -> `codes [B,N,code_width(D)]` INT8."""
 
     name = TOKEN_CODES
     inputs = ("image_features",)
@@ -29,9 +30,12 @@ class TokenCodes(Plugin):
     outputs = ("INT8",)
 
     def shapes(self, inputs: Sequence[Sequence[Any]], settings: Mapping[str, Setting]) -> list[tuple[Any, ...]]:
-        """Returns the features' shape."""
+        """Returns the features' shape, with no more channels than a sketch has."""
         del settings
-        return [tuple(inputs[0])]
+        images, tokens, width = inputs[0]
+        # Expressions have no minimum of their own; a comparison is 0 or 1.
+        is_less = width < MOST_CHANNELS
+        return [(images, tokens, (width - MOST_CHANNELS) * is_less + MOST_CHANNELS)]
 
     def launch(
         self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], tactic: int, compiler: Compiler, cdiv: Any
