@@ -106,6 +106,7 @@ class Bench:
         work: The folder for checkpoints, bundles and environments.
         threads: Threads of every contestant.
         repeats: Runs that count, in each process.
+        kv_cache: Type of keys and values of our engine; None: its default.
         llama: The environment of llama.cpp, or why there is none; None where nobody asked for it.
         steps: Tells what is being done.
     """
@@ -113,6 +114,7 @@ class Bench:
     work: Path
     threads: int
     repeats: int
+    kv_cache: str | None
     llama: Llama | UnavailableError | None
     steps: Steps
 
@@ -168,6 +170,7 @@ class Bench:
         # Plain ONNX Runtime is none of our engines.
         engine = "" if name in _CONFIGS else "ort-cpu"
         task |= {"bundle": str(bundle), "text": TEXT_TOKENS, "engine": engine, "config": _CONFIGS.get(name, {})}
+        task["kv_cache"] = self.kv_cache
         return [sys.executable, str(FOLDER / "latency_worker.py"), json.dumps(task)]
 
     def _bundle(self, shape: str, name: Contestant) -> Path:
@@ -286,6 +289,7 @@ def main(
     only: Annotated[list[Contestant] | None, typer.Option(help="Measure this contestant; repeatable.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs that count, in each of two processes.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each; default: as many as cores.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="Keys and values of our engine: float32 or int8.")] = None,
     llama_wheel: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A wheel of llama-cpp-python, not to build one.")
     ] = None,
@@ -310,7 +314,7 @@ def main(
                 llama = install_llama(folder, llama_wheel)
             except UnavailableError as error:
                 llama = error
-        bench = Bench(folder, threads or len(os.sched_getaffinity(0)), repeats, llama, steps)
+        bench = Bench(folder, threads or len(os.sched_getaffinity(0)), repeats, kv_cache, llama, steps)
         details = _details(bench)
         results: dict[str, Mapping[Contestant, Entry]] = {}
         for shape in shapes:
@@ -332,6 +336,7 @@ def _details(bench: Bench) -> dict[str, Any]:
         "command": sys.argv,
         "threads": bench.threads,
         "repeats": bench.repeats,
+        "kv_cache": bench.kv_cache,
         "rounds": ROUNDS,
         "answer_tokens": ANSWER_TOKENS,
         "llama_build": bench.llama.build if isinstance(bench.llama, Llama) else None,

@@ -90,7 +90,7 @@ def _answers(bundle: Path, engine: str) -> list[str]:
 
 def _timings(engine: str, bundle: Path) -> list[Timing]:
     task = {"bundle": str(bundle), "engine": engine, "text": _TEXT, "tokens": _TOKENS, "threads": _THREADS}
-    answer = _worker("latency_worker.py", {**task, "repeats": _REPEATS, "config": {}})
+    answer = _worker("latency_worker.py", {**task, "repeats": _REPEATS, "config": {}, "kv_cache": None})
     prompt = f"{bundle.name}, {answer['details']['prompt_tokens']} tokens"
     return [
         Timing(f"{engine} {stage}", prompt, 1e6 * statistics.median(answer["timings"][stage]))

@@ -62,12 +62,12 @@ class Ours:
         bundle: The bundle's folder.
         prompt: What it is asked.
         answer: Most tokens after it.
-        threads: Threads inside one operator.
+        options: How it opens the bundle.
     """
 
-    def __init__(self, engine: str, bundle: Path, prompt: Prompt, answer: int, threads: int) -> None:
+    def __init__(self, engine: str, bundle: Path, prompt: Prompt, answer: int, options: EngineOptions) -> None:
         manifest = Manifest.read(bundle)
-        self._engine: Engine = load_engine(engine, bundle, manifest, EngineOptions(threads=threads))
+        self._engine: Engine = load_engine(engine, bundle, manifest, options)
         self._width = manifest.decoder.hidden_size
         self._prompt = prompt
         self._capacity = len(prompt) + answer
@@ -201,7 +201,8 @@ def main(task: Mapping[str, Any]) -> None:
         started = time.perf_counter()
         contestant: _Worker
         if task["engine"]:
-            contestant = Ours(task["engine"], bundle, prompt, task["tokens"] + 1, task["threads"])
+            options = EngineOptions(threads=task["threads"], kv_cache=task["kv_cache"])
+            contestant = Ours(task["engine"], bundle, prompt, task["tokens"] + 1, options)
         else:
             contestant = PlainOrt(bundle, prompt, task["threads"], task["config"], Path(profile))
         load = time.perf_counter() - started

@@ -36,6 +36,8 @@ class EngineOptions:
         vision: How the vision tower runs: `w8a8` or `fp32`; None leaves the choice to the engine.
         cpu_memory: `high` keeps weights expanded for prompts and packed for single tokens; `low` keeps them packed
             only, at lower speed.
+        kv_cache: Type of keys and values in the cache: `float32`, `float16` or `int8`; None leaves the choice to the
+            engine.
         spinning: Whether threads wait for work by spinning.
         memory_arena: Whether memory for activations is kept from call to call.
     """
@@ -44,6 +46,7 @@ class EngineOptions:
     graph_optimization: str = "all"
     vision: str | None = None
     cpu_memory: str = "high"
+    kv_cache: str | None = None
     spinning: bool = True
     memory_arena: bool = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,11 @@ def cache_names(num_layers: int) -> tuple[list[str], list[str]]:
     """Returns the inputs and outputs of a decoder that hold keys and values."""
     kinds = [f"{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
     return [f"past_key_values.{kind}" for kind in kinds], [f"present.{kind}" for kind in kinds]
+
+
+def scale_names(past: Sequence[str]) -> list[str]:
+    """Returns the inputs that hold the scales of keys and values in 8-bit codes, from those that hold these."""
+    return [name.replace("past_key_values", "cache_scales") for name in past]
 
 
 def whole_steps(tokens: int) -> int:

@@ -11,9 +11,17 @@ import onnxruntime as ort  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from qavp_export.engines import TOKEN_TYPES, FloatArray, IntArray
+from qavp_export.engines.ort.codes import encode
 from qavp_export.engines.ort.encoders import OrtEmbedding
 from qavp_export.engines.ort.session import Graph
-from qavp_export.engines.sequences import cache_names, last_positions, lengths_of, to_right, whole_steps
+from qavp_export.engines.sequences import (
+    cache_names,
+    last_positions,
+    lengths_of,
+    scale_names,
+    to_right,
+    whole_steps,
+)
 from qavp_export.manifest import DecoderSpec
 
 Array = NDArray[Any]
@@ -33,6 +41,7 @@ class CachedDecoder:
         spec: The decoder's sizes.
         device: Where keys and values lie: `cpu` or `cuda`.
         dtype: Type of keys and values.
+        coded: Whether `decode` takes the keys and values that `prefill` leaves as 8-bit codes, with their scales.
     """
 
     embedding: OrtEmbedding
@@ -44,6 +53,7 @@ class CachedDecoder:
     spec: DecoderSpec
     device: str = "cpu"
     dtype: type[np.float32] | type[np.float16] = np.float32
+    coded: bool = False
 
     def on_device(self, array: Array) -> ort.OrtValue:
         """Returns an array where keys and values lie; on the CPU, as it is."""
@@ -59,6 +69,8 @@ class CachedSession:
         self._wanted = capacity
         self._past_names, self._present_names = cache_names(decoder.spec.num_layers)
         self._cache: list[ort.OrtValue] = []
+        # Of 8-bit codes only: `[B,1,KV*d]` for each tensor of the cache.
+        self._scales: list[ort.OrtValue] = []
         self._capacity = 0
         self._step: _Step | None = None
 
@@ -78,7 +90,8 @@ class CachedSession:
         """
         lengths = lengths_of(attention_mask)
         rows, longest = attention_mask.shape
-        self._allocate(rows, max(longest, self._wanted))
+        # Codes get their own memory; until then there is only a prompt.
+        self._allocate(rows, longest if self._decoder.coded else max(longest, self._wanted))
         inputs: dict[str, Array] = {
             "inputs_embeds": to_right(inputs_embeds.astype(np.float32, copy=False), lengths),
             "position_ids": to_right(position_ids.astype(np.int64, copy=False), lengths),
@@ -90,13 +103,10 @@ class CachedSession:
         }
         if token_type_ids is not None:
             inputs[TOKEN_TYPES] = to_right(token_type_ids.astype(np.int64, copy=False), lengths)
-        binding = self._bind(self._decoder.prefill)
-        # Kept alive here: ONNX Runtime does not promise that a binding does it.
-        bound = {name: np.asarray(inputs[name], order="C") for name in self._decoder.prefill_inputs & inputs.keys()}
-        for name, array in bound.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        self._decoder.prefill.run_bound(binding)
-        return self._logits(binding)
+        logits = self._run_prompts(inputs)
+        if self._decoder.coded:
+            self._encode(lengths)
+        return logits
 
     def decode(self, input_ids: IntArray, attention_mask: IntArray, position_ids: IntArray) -> FloatArray:
         """See `DecoderSession.decode`."""
@@ -106,7 +116,11 @@ class CachedSession:
             self._grow(longest)
         if self._step is None:
             decoder = self._decoder
-            self._step = _Step.of(self._bind(decoder.decode), len(lengths), decoder.decode_inputs, decoder.device)
+            binding = self._bind(decoder.decode)
+            # Without codes there are no scales.
+            for name, scales in zip(scale_names(self._past_names), self._scales, strict=False):
+                binding.bind_ortvalue_input(name, scales)
+            self._step = _Step.of(binding, len(lengths), decoder.decode_inputs, decoder.device)
         step = self._step
         step.set(position_ids, lengths - 1, longest)
         step.binding.bind_ortvalue_input("inputs_embeds", self._decoder.embedding.embed_text(input_ids))
@@ -116,7 +130,26 @@ class CachedSession:
     def reorder(self, rows: IntArray) -> None:
         """See `DecoderSession.reorder`."""
         self._cache = [self._decoder.on_device(tensor.numpy()[rows]) for tensor in self._cache]
+        self._scales = [self._decoder.on_device(scales.numpy()[rows]) for scales in self._scales]
         self._step = None
+
+    def _run_prompts(self, inputs: Mapping[str, Array]) -> FloatArray:
+        binding = self._bind(self._decoder.prefill)
+        # Kept alive here: ONNX Runtime does not promise that a binding does it.
+        bound = {name: np.asarray(inputs[name], order="C") for name in self._decoder.prefill_inputs & inputs.keys()}
+        for name, array in bound.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        self._decoder.prefill.run_bound(binding)
+        return self._logits(binding)
+
+    def _encode(self, lengths: IntArray) -> None:
+        """Turns the cache of prompts into codes, a tensor after the other: the memory of each is free for the next."""
+        self._capacity = whole_steps(max(int(lengths.max()), self._wanted))
+        self._scales = []
+        for index, tensor in enumerate(self._cache):
+            codes, scales = encode(tensor.numpy(), lengths, self._capacity)
+            self._cache[index] = self._decoder.on_device(codes)
+            self._scales.append(self._decoder.on_device(scales))
 
     def _logits(self, binding: ort.IOBinding) -> FloatArray:
         # The first output that is bound.

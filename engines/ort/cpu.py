@@ -15,7 +15,7 @@ from qavp_export.engines.ort.reference import check_format
 from qavp_export.engines.ort.session import CPU_PROVIDER
 from qavp_export.manifest import Manifest
 
-_CPU = Backend(CPU_FOLDER, (CPU_PROVIDER,), "cpu", np.float32, vision="w8a8")
+_CPU = Backend(CPU_FOLDER, (CPU_PROVIDER,), "cpu", np.float32, ("float32", "int8"), vision="w8a8")
 _UNSIGNED = ".unsigned"
 
 

@@ -17,7 +17,7 @@ from qavp_export.engines.ort.session import CPU_PROVIDER, CUDA_PROVIDER
 from qavp_export.errors import UnavailableError
 from qavp_export.manifest import Manifest
 
-_CUDA = Backend(CUDA_FOLDER, (CUDA_PROVIDER, CPU_PROVIDER), "cuda", np.float16, vision="fp32")
+_CUDA = Backend(CUDA_FOLDER, (CUDA_PROVIDER, CPU_PROVIDER), "cuda", np.float16, ("float16",), vision="fp32")
 
 
 class OrtCudaEngine(LoweredEngine):
@@ -40,7 +40,7 @@ def cuda_graphs(bundle: Path, options: EngineOptions) -> LoweredGraphs:
         BundleError: They are missing or cannot be read.
         UnavailableError: The provider does not load here.
     """
-    _check_driver()
+    check_driver()
     graphs = LoweredGraphs(bundle, options, _CUDA)
     # ONNX Runtime would go on with the CPU provider alone.
     if CUDA_PROVIDER not in graphs.open("probe", "probe").providers():
@@ -50,7 +50,12 @@ def cuda_graphs(bundle: Path, options: EngineOptions) -> LoweredGraphs:
     return graphs
 
 
-def _check_driver() -> None:
+def check_driver() -> None:
+    """Checks what can be told without a bundle: ONNX Runtime has the provider, and a driver is installed.
+
+    Raises:
+        UnavailableError: One is missing.
+    """
     if CUDA_PROVIDER not in ort.get_available_providers():
         raise _unavailable(f"ONNX Runtime {ort.__version__} is built without CUDA; install onnxruntime-gpu")
     if sys.platform == "linux":

@@ -10,6 +10,7 @@ import numpy as np
 
 from qavp_export.engines import TOKEN_TYPES, EngineOptions
 from qavp_export.engines.ort.cached import CachedDecoder, CachedSession
+from qavp_export.engines.ort.codes import check_codes
 from qavp_export.engines.ort.encoders import OrtEncoders
 from qavp_export.engines.ort.growing import GrowingDecoder, GrowingSession
 from qavp_export.engines.ort.plan import PLAN_NAME, EnginePlan
@@ -32,6 +33,7 @@ class Backend:
         providers: Execution providers of ONNX Runtime, best first.
         device: Where the key/value cache lies.
         cache: Type of keys and values.
+        caches: Names of the types that the cache can have, that of `cache` first.
         vision: How the vision tower runs beside a quantized decoder, unless the options say otherwise.
         suffix: Graphs whose name ends with it are preferred.
     """
@@ -40,6 +42,7 @@ class Backend:
     providers: tuple[str, ...]
     device: str
     cache: type[np.float32] | type[np.float16]
+    caches: tuple[str, ...]
     vision: str
     suffix: str = ""
 
@@ -56,11 +59,11 @@ class LoweredEngine(OrtEncoders):
         Raises:
             BundleError: A graph is missing or cannot be opened.
             InputError: An option is out of range.
-            UnavailableError: The decoder cannot run with little memory.
+            UnavailableError: The decoder cannot run with little memory, or with the cache that is asked for.
         """
-        _check_options(options)
+        _check_options(options, graphs.backend)
         # What needs most memory to open comes first.
-        prefill, decode = graphs.bodies(low_memory=options.cpu_memory == "low")
+        prefill, decode = graphs.bodies()
         super().__init__(bundle, manifest, options, graphs.vision(vision_precision(graphs.backend, manifest, options)))
         self._decoder = graphs.decoder(self, prefill, decode, manifest)
 
@@ -78,11 +81,14 @@ def vision_precision(backend: Backend, manifest: Manifest, options: EngineOption
     return options.vision or (backend.vision if quantized else "fp32")
 
 
-def _check_options(options: EngineOptions) -> None:
+def _check_options(options: EngineOptions, backend: Backend) -> None:
     if options.vision is not None and options.vision not in _VISION:
         raise InputError(f"vision is {options.vision!r}; choose one of {', '.join(_VISION)}")
     if options.cpu_memory not in _MEMORY:
         raise InputError(f"cpu_memory is {options.cpu_memory!r}; choose one of {', '.join(_MEMORY)}")
+    if options.kv_cache is not None and options.kv_cache not in backend.caches:
+        choices = ", ".join(backend.caches)
+        raise InputError(f"kv_cache is {options.kv_cache!r}; choose one of {choices} with this engine")
 
 
 @dataclass(frozen=True)
@@ -124,12 +130,21 @@ class LoweredGraphs:
         """Opens the vision encoder."""
         return self.open(f"vision_encoder.{precision}", "vision encoder")
 
-    def bodies(self, *, low_memory: bool) -> tuple[OpenedBody, OpenedBody]:
+    @property
+    def _coded(self) -> bool:
+        """Whether keys and values are kept as 8-bit codes."""
+        return self._options.kv_cache == "int8"
+
+    def bodies(self) -> tuple[OpenedBody, OpenedBody]:
         """Opens what runs prompts and what runs single tokens; they may be one.
 
         Raises:
-            UnavailableError: Little memory is asked for, and one graph cannot do both.
+            UnavailableError: Little memory is asked for, and one graph cannot do both; or the cache is to hold codes,
+                and the decoder or ONNX Runtime cannot do that.
         """
+        low_memory = self._options.cpu_memory == "low"
+        if self._coded:
+            return self._bodies_of_codes(low_memory=low_memory)
         if low_memory and "decoder" not in self._plan.graphs:
             raise UnavailableError(
                 f"the decoder of {self._bundle} cannot run prompts and single tokens in one graph; "
@@ -139,6 +154,19 @@ class LoweredGraphs:
             both = self._body("decoder")
             return both, both
         return self._body("prefill"), self._body("decode")
+
+    def _bodies_of_codes(self, *, low_memory: bool) -> tuple[OpenedBody, OpenedBody]:
+        if self._plan.cache == "growing":
+            raise UnavailableError(
+                f"the decoder of {self._bundle} keeps a cache that is copied as it grows; leave kv_cache=int8 out"
+            )
+        if low_memory:
+            raise UnavailableError(
+                "prompts and single tokens need a graph each where keys and values are 8-bit codes; "
+                "leave cpu_memory=low or kv_cache=int8 out"
+            )
+        check_codes(lambda: self.open("probe.int8", "probe of 8-bit codes"))
+        return self._body("prefill" if "prefill" in self._plan.graphs else "decoder"), self._body("decode.int8")
 
     def decoder(
         self, encoders: OrtEncoders, prefill: OpenedBody, decode: OpenedBody, manifest: Manifest
@@ -158,6 +186,7 @@ class LoweredGraphs:
             manifest.decoder,
             self.backend.device,
             self.backend.cache,
+            self._coded,
         )
 
     def _body(self, name: str) -> OpenedBody:

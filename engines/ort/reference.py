@@ -31,9 +31,9 @@ class OrtReferenceEngine(OrtEncoders):
             UnavailableError: The decoder is in NVFP4.
         """
         check_format(bundle, manifest)
-        if options.vision == "w8a8" or options.cpu_memory != "high":
+        if options.vision == "w8a8" or options.cpu_memory != "high" or options.kv_cache not in (None, "float32"):
             raise InputError(
-                "engine ort-reference runs the canonical graphs as they are; leave vision and cpu_memory out"
+                "engine ort-reference runs the canonical graphs as they are; leave vision, cpu_memory and kv_cache out"
             )
         super().__init__(bundle, manifest, options)
         past, present = cache_names(manifest.decoder.num_layers)

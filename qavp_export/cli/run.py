@@ -71,6 +71,10 @@ def run(  # noqa: D103
     cpu_memory: Annotated[
         str, typer.Option(help="low: weights of engine ort-cpu stay packed for prompts too, which is slower.")
     ] = "high",
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(help="Keys and values of engine ort-cpu: float32 or int8.", show_default="float32"),
+    ] = None,
     spinning: Annotated[
         bool, typer.Option("--spinning/--no-spinning", help="Whether threads wait for work by spinning.")
     ] = True,
@@ -89,7 +93,12 @@ def run(  # noqa: D103
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     started = time.perf_counter()
     options = EngineOptions(
-        threads=threads, vision=vision, cpu_memory=cpu_memory, spinning=spinning, memory_arena=memory_arena
+        threads=threads,
+        vision=vision,
+        cpu_memory=cpu_memory,
+        kv_cache=kv_cache,
+        spinning=spinning,
+        memory_arena=memory_arena,
     )
     model = QavpModel.from_bundle(bundle, engine, options)
     load_seconds = time.perf_counter() - started

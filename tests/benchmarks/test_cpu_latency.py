@@ -26,6 +26,7 @@ from transformers import LlavaForConditionalGeneration
 
 from qavp_export import pipeline
 from qavp_export.cli.common import run_command
+from qavp_export.engines import EngineOptions
 from qavp_export.errors import BundleError, UnavailableError
 from qavp_export.manifest import Manifest
 from qavp_export.recipe import make_recipe
@@ -49,7 +50,7 @@ def test_contestants_answer_as_transformers(
     assert len(prompt) == 25 + 13
     contestant: Ours | PlainOrt
     if engine:
-        contestant = Ours(engine, bundle, prompt, 8, 1)
+        contestant = Ours(engine, bundle, prompt, 8, EngineOptions(threads=1))
     else:
         contestant = PlainOrt(bundle, prompt, 1, {}, tmp_path)
         operators = contestant.details()["decoder_operators"]
@@ -256,7 +257,9 @@ def test_rounds_run_in_opposite_order_and_go_on_after_a_failure(
     asked: list[str] = []
 
     def fake_run(command: list[str]) -> tuple[dict[str, object], dict[str, int]]:
-        name = Path(json.loads(command[-1])["bundle"]).name.removeprefix("llava-1.5-7b-")
+        task = json.loads(command[-1])
+        assert task["kv_cache"] == "int8"
+        name = Path(task["bundle"]).name.removeprefix("llava-1.5-7b-")
         asked.append(name)
         if name == "ours-dense":
             raise ContestantError("no good")
@@ -270,7 +273,7 @@ def test_rounds_run_in_opposite_order_and_go_on_after_a_failure(
     monkeypatch.setattr("cpu_latency.write_last_logits", lambda _: None)
     monkeypatch.setattr("cpu_latency.Manifest.read", lambda _: None)
     monkeypatch.setattr("cpu_latency.available_memory", lambda: 24 * 10**9)
-    bench = Bench(tmp_path, 1, 1, UnavailableError("no compiler"), Steps(Console(quiet=True), 0.0))
+    bench = Bench(tmp_path, 1, 1, "int8", UnavailableError("no compiler"), Steps(Console(quiet=True), 0.0))
     entries = bench.measure("llava-1.5-7b", names)
     assert asked == ["ours", "ours-dense", "ort-nbits", "ort-nbits", "ours"]
     assert [len(entries[name].runs) for name in names] == [2, 0, 0, 2, 0]
@@ -292,7 +295,7 @@ def test_a_bundle_of_another_version_is_exported_again(tmp_path: Path, monkeypat
     (bundle / "qavp.json").write_text('{"schema_version": 1}', encoding="utf-8")
     (tmp_path / "llava-1b").mkdir()
     monkeypatch.setattr("cpu_latency.run", fake_run)
-    bench = Bench(tmp_path, 1, 1, None, Steps(Console(quiet=True), 0.0))
+    bench = Bench(tmp_path, 1, 1, None, None, Steps(Console(quiet=True), 0.0))
     bench.measure("llava-1b", [Contestant.DENSE])
     # The exporter refuses a folder that exists.
     assert not bundle.exists()

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from qavp_export import QavpModel, pipeline
+from qavp_export.cli import run as run_cli
 from qavp_export.engines import Engine, EngineOptions, load_engine
 from qavp_export.engines.ort import cpu
 from qavp_export.engines.ort.cached import CachedSession
@@ -129,6 +130,21 @@ def test_single_tokens_are_close_to_the_canonical_graph(bundles: Mapping[str, Pa
         check_close(found, wanted, OF_TOKENS)
 
 
+def test_a_cache_of_codes_is_close_to_one_of_floats(bundle: Path, manifest: Manifest, engine: Engine) -> None:
+    coded = load_engine("ort-cpu", bundle, manifest, dataclasses.replace(FLOAT_VISION, kv_cache="int8"))
+    prompt = QavpModel(bundle, manifest, engine).prepare([*_images(2), None], QUESTIONS[:3])
+    steps = np.random.default_rng(1).integers(5, 60, (3, 8))
+    expected, found = run_all(engine, prompt, steps), run_all(coded, prompt, steps)
+    # Prompts run as they do with floats.
+    np.testing.assert_array_equal(found[0], expected[0])
+    for actual, wanted in zip(found[1:], expected[1:], strict=True):
+        check_close(actual, wanted, OF_TOKENS)
+    session = coded.start()
+    assert isinstance(session, CachedSession)
+    session.prefill(prompt.inputs_embeds, prompt.attention_mask, prompt.position_ids)
+    assert {codes.numpy().dtype for codes in session._cache} == {np.dtype(np.int8)}
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_float_vision_is_the_canonical_vision(bundles: Mapping[str, Path], name: str) -> None:
     reference = QavpModel.from_bundle(bundles[name], "ort-reference", OPTIONS)
@@ -175,8 +191,9 @@ def test_runs_with_only_the_runtimes_distributions(bundle: Path, tmp_path: Path)
     assert others == {"qavp_export", "qavp_export.errors", "qavp_export.manifest", "qavp_export.memory"}
 
 
-def test_threads_that_share_a_model_answer_as_one_after_the_other(bundle: Path) -> None:
-    model = QavpModel.from_bundle(bundle, "ort-cpu", OPTIONS)
+@pytest.mark.parametrize("kv_cache", ["float32", "int8"])
+def test_threads_that_share_a_model_answer_as_one_after_the_other(bundle: Path, kv_cache: str) -> None:
+    model = QavpModel.from_bundle(bundle, "ort-cpu", dataclasses.replace(OPTIONS, kv_cache=kv_cache))
     pictures = _images(8)
 
     def ask(number: int) -> list[list[int]]:
@@ -251,12 +268,18 @@ def test_padding_inside_a_sequence_is_refused(engine: Engine) -> None:
         ({"graph_optimization": "most"}, "disable, basic"),
         ({"vision": "int4"}, "vision is 'int4'; choose one of w8a8, fp32"),
         ({"cpu_memory": "medium"}, "cpu_memory is 'medium'; choose one of high, low"),
+        ({"kv_cache": "float16"}, "kv_cache is 'float16'; choose one of float32, int8 with this engine"),
     ],
 )
 def test_options_out_of_range(bundle: Path, manifest: Manifest, options: dict[str, Any], match: str) -> None:
     with pytest.raises(InputError, match=match) as caught:
         load_engine("ort-cpu", bundle, manifest, EngineOptions(**options))
     assert caught.value.exit_code == 2
+
+
+def test_the_command_line_passes_the_cache_on(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli.main([str(bundle), "--prompt", "left ?", "--kv-cache", "float16"]) == 2
+    assert "kv_cache is 'float16'; choose one of float32, int8" in capsys.readouterr().err
 
 
 def test_nvfp4_is_not_available_here(bundle: Path, manifest: Manifest) -> None:
@@ -350,6 +373,18 @@ def test_little_memory_needs_one_graph_for_both(copy: Path, manifest: Manifest) 
     load_engine("ort-cpu", copy, manifest, OPTIONS)
 
 
+def test_codes_need_a_graph_for_single_tokens(copy: Path, manifest: Manifest) -> None:
+    options = dataclasses.replace(OPTIONS, kv_cache="int8")
+    with pytest.raises(UnavailableError, match="leave cpu_memory=low or kv_cache=int8 out") as caught:
+        load_engine("ort-cpu", copy, manifest, dataclasses.replace(options, cpu_memory="low"))
+    assert caught.value.exit_code == 3
+    for name in ("decode.int8", "probe.int8"):
+        _change_plan(copy, lambda plan, name=name: plan["graphs"].pop(name))
+        with pytest.raises(BundleError, match=f"has no graph '{name}'; export the bundle again"):
+            load_engine("ort-cpu", copy, manifest, options)
+    load_engine("ort-cpu", copy, manifest, OPTIONS)
+
+
 def test_attention_that_is_not_known_keeps_the_cache_that_grows(
     bundle: Path, copy: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,6 +398,8 @@ def test_attention_that_is_not_known_keeps_the_cache_that_grows(
     assert built["notes"][0].endswith("its attention is odd")
     engine = load_engine("ort-cpu", copy, manifest, FLOAT_VISION)
     assert isinstance(engine.start(), GrowingSession)
+    with pytest.raises(UnavailableError, match="a cache that is copied as it grows; leave kv_cache=int8 out"):
+        load_engine("ort-cpu", copy, manifest, dataclasses.replace(FLOAT_VISION, kv_cache="int8"))
     reference = QavpModel.from_bundle(copy, "ort-reference", OPTIONS)
     prompt, steps = reference.prepare(_images(2), QUESTIONS[:2]), np.array([[7, 9], [8, 6]])
     # The same products; only attention sums in another order.

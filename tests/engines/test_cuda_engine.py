@@ -51,7 +51,7 @@ def test_with_an_onnx_runtime_that_has_no_cuda(bundle: Path, monkeypatch: pytest
 def test_a_provider_that_does_not_load_is_no_reason_to_run_on_the_cpu(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "_check_driver", lambda: None)
+    monkeypatch.setattr(cuda, "check_driver", lambda: None)
     monkeypatch.setattr(lowered.Graph, "providers", lambda _: [CPU_PROVIDER])
     with pytest.raises(UnavailableError, match="the CUDA provider does not load"):
         load_engine("ort-cuda", bundle, Manifest.read(bundle), OPTIONS)

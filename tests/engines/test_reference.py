@@ -329,7 +329,11 @@ def test_model_tells_such_a_decoder_which_tokens_are_an_images(bundle, typed):
     assert ids == plain.generate_ids(picture, "w0 w3", max_new_tokens=6)
 
 
-@pytest.mark.parametrize("options", [EngineOptions(vision="w8a8"), EngineOptions(cpu_memory="low")])
+@pytest.mark.parametrize(
+    "options", [EngineOptions(vision="w8a8"), EngineOptions(cpu_memory="low"), EngineOptions(kv_cache="int8")]
+)
 def test_options_of_other_engines_are_refused(bundle, manifest, options):
-    with pytest.raises(InputError, match="runs the canonical graphs as they are; leave vision and cpu_memory out"):
+    with pytest.raises(
+        InputError, match="runs the canonical graphs as they are; leave vision, cpu_memory and kv_cache out"
+    ):
         load_engine("ort-reference", bundle, manifest, options)

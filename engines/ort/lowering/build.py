@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qavp_export.engines.ort.lowering.capabilities import CPU, CPU_UNSIGNED, CUDA, Capabilities
+from qavp_export.engines.ort.lowering.codes import cache_probe
 from qavp_export.engines.ort.lowering.decoder import DecoderLowering
 from qavp_export.engines.ort.lowering.vision import lower_vision
 from qavp_export.engines.ort.lowering.weights import Lowered
@@ -84,6 +85,9 @@ class _Builder:
         if decoder.differs or not decoder.runs_both:
             yield from self._exact("prefill", lambda provider: decoder.body("prefill", "integer", provider))
             yield from self._exact("decode", lambda provider: decoder.body("decode", "packed", provider))
+        if decoder.refused is None and self._capabilities.coded_caches:
+            yield "probe.int8", cache_probe()
+            yield from self._exact("decode.int8", lambda p: decoder.body("decode", "packed", p.with_codes()))
 
     def _exact(self, name: str, lower: Callable[[Capabilities], Lowered]) -> Iterator[tuple[str, Lowered]]:
         lowered = lower(self._capabilities)

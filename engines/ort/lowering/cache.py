@@ -13,6 +13,7 @@ from qavp_export.engines.lowering.attention import AttentionSite, CachedTensor, 
 from qavp_export.engines.lowering.masks import MaskKind
 from qavp_export.engines.lowering.values import replace_value
 from qavp_export.engines.ort.lowering.capabilities import Capabilities
+from qavp_export.engines.ort.lowering.codes import CODED, CacheScales
 from qavp_export.errors import GraphError
 from qavp_export.passes._builder import Dim, NodeBuilder
 from qavp_export.passes._linear import input_of
@@ -22,7 +23,7 @@ Phase: TypeAlias = Literal["prefill", "decode", "any"]
 SEQLENS = "seqlens_k"
 TOTAL = "total_sequence_length"
 
-_FLOAT, _INT32, _INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
+_FLOAT, _INT8, _INT32, _INT64 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64
 _BATCH, _CAPACITY = ir.SymbolicDim("batch"), ir.SymbolicDim("capacity")
 _SWAP_HEADS = (0, 2, 1, 3)
 # What a key that is not seen adds to its logit.
@@ -46,6 +47,7 @@ def lower_attention(
     2. Attention becomes `GroupQueryAttention`. A causal mask, with or without a window, becomes the operator's own;
        another is added to the logits of a prompt, and a single text token sees what a causal one would.
     3. For single tokens whose query heads share keys, it is written out instead, each key read once for all its heads.
+    4. Where the cache holds 8-bit codes, the graph takes their scales too; see `CacheScales`.
 
     What is no longer used stays in the graph.
 
@@ -57,8 +59,11 @@ def lower_attention(
         capabilities: What the provider runs fast.
 
     Raises:
-        GraphError: The graph runs single tokens and prompts, and a mask is not causal.
+        GraphError: The graph runs single tokens and prompts, and a mask is not causal; or it runs prompts and the cache
+            holds codes.
     """
+    if phase != "decode" and capabilities.cache == _INT8:
+        raise GraphError("prompts are run before their keys and values have scales; only single tokens read codes")
     if phase == "any" and not all(kind.causal for kind in kinds.values()):
         raise GraphError("a mask of the decoder is not causal")
     lengths = _Lengths.add(graph)
@@ -112,32 +117,41 @@ class _Writer:
         anchor = _producer(site.output)
         bias = self._bias_of_mask(site.mask, anchor) if added else None
         builder = NodeBuilder(f"{anchor.name}/cached")
-        cache = self._capabilities.cache
+        dtype = self._capabilities.attention
+        tensors = (("query", site.query), ("key", site.keys.new), ("value", site.values.new))
+        new = [_by_token(builder, name, value) for name, value in tensors]
+        scales = CacheScales.add(self._graph, site) if self._capabilities.cache == _INT8 else None
+        if scales is not None:
+            new = scales.divide(builder, *new)
         inputs: list[ir.Value | None] = [
-            _cast(builder, f"{name}_cast", _by_token(builder, name, value), cache)
-            for name, value in (("query", site.query), ("key", site.keys.new), ("value", site.values.new))
+            _cast(builder, f"{name}_cast", value, dtype) for (name, _), value in zip(tensors, new, strict=True)
         ]
         inputs += [site.keys.past, site.values.past, self._lengths.sequences, self._lengths.total]
-        if bias is not None:
-            inputs += [None, None, None, _cast(builder, "bias_cast", bias, cache)]
         heads, shared = site.heads
-        attributes = {
+        attributes: dict[str, int | float | str] = {
             "num_heads": heads,
             "kv_num_heads": shared,
             "scale": site.scale,
             "softcap": site.softcap,
-            "causal": int(not added),
             # The operator's window leaves the query itself out.
             "local_window_size": -1 if added or kind.window is None else kind.window,
         }
+        if bias is not None:
+            inputs += [None, None, None, _cast(builder, "bias_cast", bias, dtype)]
+            # Older versions of ONNX Runtime do not know the attribute, whose default is 1.
+            attributes["causal"] = 0
+        if scales is not None:
+            unit = builder.constant("unit", np.ones(1, np.float32))
+            inputs += [None] * 5 + [unit, unit]
+            attributes |= CODED
         name = "GroupQueryAttention"
         node = ir.node(name, inputs, attributes, domain="com.microsoft", num_outputs=3, name=f"{anchor.name}/{name}")
         output, *present = node.outputs
-        output.name, output.dtype = f"{node.name}_output_0", cache
-        query = inputs[0]
-        output.shape = None if query is None else query.shape
+        output.name, output.dtype, output.shape = f"{node.name}_output_0", dtype, new[0].shape
         builder.nodes.append(node)
         result = _cast(builder, "output_cast", output, _FLOAT)
+        if scales is not None:
+            result = scales.multiply(builder, result)
         self._graph.insert_before(anchor, builder.nodes)
         _replace_present(site, present)
         _replace_output(site, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -15,20 +16,35 @@ class Capabilities:
         activations: Type of the codes that enter integer products: UINT8 around a zero point of 128, or INT8.
         weights: Type of a weight's codes: INT8, or UINT8 around 128.
         fused_scales: Whether `MatMulIntegerToFloat` multiplies by the scales of output channels.
-        cache: Type of keys and values, in the cache and while attention runs.
+        cache: Type of keys and values in the cache.
+        coded_caches: Whether attention over a cache of 8-bit codes, in float otherwise, is built as well.
     """
 
     activations: ir.DataType
     weights: ir.DataType
     fused_scales: bool
     cache: ir.DataType
+    coded_caches: bool
+
+    @property
+    def attention(self) -> ir.DataType:
+        """Returns the type that attention runs in."""
+        return ir.DataType.FLOAT if self.cache == ir.DataType.INT8 else self.cache
+
+    def with_codes(self) -> Capabilities:
+        """Returns the same with a cache of 8-bit codes."""
+        return dataclasses.replace(self, cache=ir.DataType.INT8)
 
 
-CPU = Capabilities(ir.DataType.UINT8, ir.DataType.INT8, fused_scales=True, cache=ir.DataType.FLOAT)
+CPU = Capabilities(ir.DataType.UINT8, ir.DataType.INT8, fused_scales=True, cache=ir.DataType.FLOAT, coded_caches=True)
 
 # Before VNNI, x86 adds pairs of unsigned times signed products in 16 bits, which overflow; unsigned times unsigned is
 # exact everywhere, at less than half the speed.
-CPU_UNSIGNED = Capabilities(ir.DataType.UINT8, ir.DataType.UINT8, fused_scales=True, cache=ir.DataType.FLOAT)
+CPU_UNSIGNED = Capabilities(
+    ir.DataType.UINT8, ir.DataType.UINT8, fused_scales=True, cache=ir.DataType.FLOAT, coded_caches=True
+)
 
 # Its integer products take signed operands only, its attention 16-bit floats only.
-CUDA = Capabilities(ir.DataType.INT8, ir.DataType.INT8, fused_scales=False, cache=ir.DataType.FLOAT16)
+CUDA = Capabilities(
+    ir.DataType.INT8, ir.DataType.INT8, fused_scales=False, cache=ir.DataType.FLOAT16, coded_caches=False
+)
