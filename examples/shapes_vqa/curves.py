@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement on the development scenes.
+    """One measurement on the development pictures.
 
     Attributes:
         stage: name of the stage.

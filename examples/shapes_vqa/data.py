@@ -18,19 +18,21 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+from lessons import BACKGROUND, CELLS, COLUMNS, ROWS, Attribute, Item, Labels, Lesson, Question, places
 from numpy.typing import NDArray
 from PIL import Image
+from processing import Vocabulary
 from questions import ask, ask_all
 from rendering import PatchLabels, render
 from scenes import (
-    CELLS,
     COLORS,
+    DIGITS,
     MAX_SHAPES,
     MIN_SHAPES,
+    PLURALS,
     RADIUS,
     SHAPES,
     Plate,
-    Question,
     QuestionType,
     Scene,
     Thing,
@@ -39,6 +41,14 @@ from scenes import (
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 TYPES: tuple[QuestionType, ...] = get_args(QuestionType)
+
+GRAMMAR = "? what color shape is the object objects there an a where how many shapes are digit shown yes no"
+VOCABULARY = Vocabulary(
+    (*GRAMMAR.split(), *COLORS, *SHAPES, *PLURALS, *ROWS, *COLUMNS, *DIGITS, BACKGROUND),
+    tuple(zip(SHAPES, PLURALS, strict=True)),
+)
+SHAPE_WORDS = (*SHAPES, "digit", BACKGROUND)  # in the order of the labels
+SHAPE_WEIGHT = 3.0  # by far the hardest attribute: colours and places are right after 100 steps
 
 CELL_SIZE = 128 / 3
 ANGLE = 0.2  # largest rotation in radians: small, so that a square never looks like a diamond
@@ -60,21 +70,15 @@ class Batch:
     labels: PatchLabels
 
 
-@dataclass(frozen=True)
-class Item:
-    """One question about one picture.
-
-    Attributes:
-        image: [128, 128, 3], uint8.
-        scene: the description that the picture was rendered from.
-        question: type, text and answer.
-        foreground: [256], true for patches that show a shape or the plate.
-    """
-
-    image: NDArray[np.uint8]
-    scene: Scene
-    question: Question
-    foreground: NDArray[np.bool_]
+def to_labels(labels: PatchLabels) -> Labels:
+    """Put the renderer's labels into the words that tokens must name."""
+    return Labels(
+        Attribute(COLORS, labels.color),
+        Attribute(SHAPE_WORDS, labels.shape, SHAPE_WEIGHT),
+        (Attribute(DIGITS, labels.digit), *places(labels.cell)),
+        (labels.cell_color, labels.cell_shape, labels.cell_digit),
+        labels.foreground,
+    )
 
 
 class ShapesStream:
@@ -134,6 +138,12 @@ class ShapesStream:
         """Draw `count` questions about a scene, the types as evenly as the scene allows."""
         return ask_all(scene, count, self.choices)
 
+    def lesson(self, pictures: int, questions: int) -> Lesson:
+        """Draw and render `pictures` scenes, and up to `questions` questions about each."""
+        batch = self.batch(pictures)
+        asked = [self.questions(scene, questions) for scene in batch.scenes]
+        return Lesson(batch.images, asked, to_labels(batch.labels))
+
     def items(self, count: int, types: Sequence[QuestionType] = TYPES) -> list[Item]:
         """Draw questions that each have a picture of their own, types in rotation.
 
@@ -157,7 +167,7 @@ class ShapesStream:
             part = scenes[start : start + 64]
             images, labels = render(part, self.pixels)
             foreground = labels.foreground
-            items += [Item(images[i], scene, questions[start + i], foreground[i]) for i, scene in enumerate(part)]
+            items += [Item(images[i], questions[start + i], foreground[i]) for i in range(len(part))]
         return items
 
 

@@ -1,6 +1,7 @@
 """Measure a checkpoint on held-out questions, by free-running greedy generation; exit code 1 below the gate.
 
 python examples/shapes_vqa/evaluate.py examples/shapes_vqa/model --questions 2000 --json report.json
+python examples/shapes_vqa/evaluate.py /tmp/easy-vqa --task easy-vqa --questions 9673
 """
 
 import argparse
@@ -12,12 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from data import TYPES, Item, ShapesStream
+from lessons import Item
 from model import see
 from processing import to_pixels
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from tasks import TASKS, Task
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -25,7 +27,6 @@ from transformers import (
     LlavaProcessor,
 )
 
-GATE = {"color": 0.9, "shape": 0.9, "yesno": 0.9, "position": 0.9, "count": 0.8, "digit": 0.9}
 MAX_NORM_RATIO = 2.0
 NORM_IMAGES = 256
 
@@ -55,6 +56,7 @@ class Report:
 
     Attributes:
         types: figures per question type.
+        accuracy: exact match over all questions.
         foreground: mean length of projected foreground tokens.
         background: mean length of projected background tokens.
         norm_ratio: the larger length by the smaller.
@@ -62,6 +64,7 @@ class Report:
     """
 
     types: dict[str, TypeReport]
+    accuracy: float
     foreground: float
     background: float
     norm_ratio: float
@@ -127,36 +130,41 @@ def token_lengths(model: LlavaForConditionalGeneration, items: Sequence[Item]) -
     return float(length[mask].mean()), float(length[~mask].mean())
 
 
-def evaluate(folder: Path, questions: int, seed: int, batch: int, console: Console) -> Report:
+def evaluate(folder: Path, task: Task, items: Sequence[Item], batch: int, console: Console) -> Report:
     """Measure a checkpoint.
 
     Args:
         folder: checkpoint.
-        questions: held-out questions in all, types in rotation.
-        seed: seed of the held-out stream.
+        task: what it was trained on.
+        items: held-out questions, types in rotation.
         batch: questions per forward pass.
         console: where progress is shown.
+
+    Raises:
+        ValueError: the checkpoint has other words than the task.
     """
     model, processor = load(folder)
-    items = ShapesStream("heldout", seed).items(questions)
-    shift = len(TYPES)  # a wrong picture still suits the question's type
+    if processor.tokenizer.get_vocab() != task.vocabulary.ids:
+        raise ValueError(f"{folder} was trained on another task: its words differ")
+    shift = len(task.types)  # a wrong picture still suits the question's type
     rolled = [*items[shift:], *items[:shift]]
     asked: Counter[str] = Counter(item.question.type for item in items)
     right: Counter[str] = Counter()
     blind: Counter[str] = Counter()
     for name, pictures, count in (("right picture", items, right), ("wrong picture", rolled, blind)):
         said = answers(model, processor, items, pictures, batch)
-        for item, answer in zip(items, track(said, name, questions, console=console), strict=True):
+        for item, answer in zip(items, track(said, name, len(items), console=console), strict=True):
             count[item.question.type] += answer == item.question.answer
     types: dict[str, TypeReport] = {}
-    for kind in TYPES:
+    for kind in filter(asked.get, task.types):
         truths = Counter(item.question.answer for item in items if item.question.type == kind)
         n = asked[kind]
-        types[kind] = TypeReport(n, right[kind] / n, blind[kind] / n, truths.most_common(1)[0][1] / n, GATE[kind])
+        prior = truths.most_common(1)[0][1] / n
+        types[kind] = TypeReport(n, right[kind] / n, blind[kind] / n, prior, task.gate[kind])
     foreground, background = token_lengths(model, items[:NORM_IMAGES])
     ratio = max(foreground, background) / min(foreground, background)
     passed = ratio < MAX_NORM_RATIO and all(row.accuracy >= row.gate for row in types.values())
-    return Report(types, foreground, background, ratio, passed)
+    return Report(types, right.total() / len(items), foreground, background, ratio, passed)
 
 
 def table(report: Report) -> Table:
@@ -169,6 +177,7 @@ def table(report: Report) -> Table:
         verdict = "ok" if row.accuracy >= row.gate else "FAIL"
         result.add_row(kind, str(row.questions), *(f"{100 * value:.1f}" for value in values), verdict)
     result.caption = (
+        f"all questions {100 * report.accuracy:.1f}; "
         f"mean token length: foreground {report.foreground:.2f}, background {report.background:.2f}, "
         f"ratio {report.norm_ratio:.2f} (gate: below {MAX_NORM_RATIO:g})"
     )
@@ -177,17 +186,19 @@ def table(report: Report) -> Table:
 
 def main() -> None:
     """Command line: measure, print the table last, exit 1 below the gate."""
-    parser = argparse.ArgumentParser(description="Measure a shapes checkpoint on held-out questions.")
+    parser = argparse.ArgumentParser(description="Measure a checkpoint on held-out questions.")
     parser.add_argument("model", type=Path, help="checkpoint folder")
-    parser.add_argument("--questions", type=int, default=2000, help="questions in all, over six types")
-    parser.add_argument("--seed", type=int, default=2026, help="seed of the held-out stream")
+    parser.add_argument("--task", choices=TASKS, default="shapes", help="what it was trained on")
+    parser.add_argument("--questions", type=int, default=2000, help="questions in all, over all types")
+    parser.add_argument("--seed", type=int, default=2026, help="seed of the questions drawn")
     parser.add_argument("--batch", type=int, default=50, help="questions per forward pass")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
-    if args.questions < len(TYPES) or args.batch < 1:
-        parser.error(f"--questions must be at least {len(TYPES)}, --batch at least 1")
+    task = TASKS[args.task]
+    if args.questions < len(task.types) or args.batch < 1:
+        parser.error(f"--questions must be at least {len(task.types)}, --batch at least 1")
     console = Console()
-    report = evaluate(args.model, args.questions, args.seed, args.batch, console)
+    report = evaluate(args.model, task, task.heldout(args.questions, args.seed), args.batch, console)
     if args.json is not None:
         args.json.write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
     console.print(table(report))

@@ -1,39 +1,31 @@
 """Auxiliary losses on the vision side: what each token shows, what [CLS] knows, and how long tokens are."""
 
+import numpy as np
 import torch
-from processing import BACKGROUND, vocabulary
-from rendering import NO_COLOR, NO_DIGIT, NO_SHAPE, PatchLabels
-from scenes import CELLS, COLORS, COLUMNS, DIGITS, ROWS, SHAPES
+from lessons import Labels
+from numpy.typing import NDArray
+from processing import Vocabulary
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 NORM_TARGET = 2.0  # a token that holds four unit words (colour, shape, row, column) at right angles
 DENSE_SCALE = 6.0  # logit of a word that a token holds once; fixed, so that lengths cannot grow to sharpen it
 BACKGROUND_WEIGHT = 0.1  # there are ten times as many background patches
-SHAPE_WEIGHT = 3.0  # by far the hardest attribute: colours and places are right after 100 steps
-SHAPE_WORDS = (*SHAPES, "digit", BACKGROUND)  # in the order of the labels
-
-
-def word_ids(words: tuple[str, ...]) -> torch.Tensor:
-    """Ids of words, [n]."""
-    ids = vocabulary()
-    return torch.tensor([ids[word] for word in words])
 
 
 class SceneHead(nn.Module):
-    """Predicts the contents of the nine cells from one [CLS] vector."""
+    """Predicts the contents of a picture's cells from one [CLS] vector."""
 
-    def __init__(self, width: int) -> None:
-        """Build the head for [CLS] vectors [B, width]."""
+    def __init__(self, width: int, cells: int, classes: tuple[int, ...]) -> None:
+        """Build the head for [CLS] vectors [B, width]; `classes` counts the classes of each attribute."""
         super().__init__()
-        self.sizes = (NO_COLOR + 1, NO_SHAPE + 1, NO_DIGIT + 1)
+        self.cells, self.classes = cells, classes
         self.norm = nn.LayerNorm(width)
-        self.linear = nn.Linear(width, CELLS * sum(self.sizes))
+        self.linear = nn.Linear(width, cells * sum(classes))
 
-    def forward(self, cls: torch.Tensor, labels: PatchLabels) -> torch.Tensor:
-        """Mean cross-entropy over cells and attributes; cls [B, width]."""
-        parts = self.linear(self.norm(cls)).float().unflatten(1, (CELLS, -1)).split(self.sizes, dim=2)
-        truths = (labels.cell_color, labels.cell_shape, labels.cell_digit)
+    def forward(self, cls: torch.Tensor, truths: tuple[NDArray[np.int64], ...]) -> torch.Tensor:
+        """Mean cross-entropy over cells and attributes; cls [B, width], truths [B, cells] for each attribute."""
+        parts = self.linear(self.norm(cls)).float().unflatten(1, (self.cells, -1)).split(self.classes, dim=2)
         losses = [
             cross_entropy(part.flatten(0, 1), torch.from_numpy(truth).flatten())
             for part, truth in zip(parts, truths, strict=True)
@@ -41,38 +33,35 @@ class SceneHead(nn.Module):
         return torch.stack(losses).mean()
 
 
-def dense_loss(tokens: torch.Tensor, words: torch.Tensor, labels: PatchLabels) -> tuple[torch.Tensor, torch.Tensor]:
+def dense_loss(
+    tokens: torch.Tensor, words: torch.Tensor, labels: Labels, vocabulary: Vocabulary
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Score projected tokens against the decoder's own words for what their patches show.
 
     Args:
         tokens: [B, 256, D], projected tokens.
         words: [VOCAB_SIZE, D], the decoder's embedding table; no gradient flows into it.
         labels: what the patches show.
+        vocabulary: ids of the labels' words.
 
     Returns:
-        The loss, and the share of foreground patches whose shape is right.
+        The loss, and the share of foreground patches whose shape is right, of those whose shape is known.
     """
     logits = DENSE_SCALE * tokens.float() @ words.detach().float().T
-    shape = torch.from_numpy(labels.shape)
-    color, digit = torch.from_numpy(labels.color), torch.from_numpy(labels.digit)
-    cell = torch.from_numpy(labels.cell)
-    weight = torch.where(shape == NO_SHAPE, BACKGROUND_WEIGHT, 1.0)
+    shown = torch.from_numpy(labels.foreground)
+    weight = torch.where(shown, 1.0, BACKGROUND_WEIGHT)
     weight = weight / weight.sum()
-    tasks = (
-        (COLORS, color, color != NO_COLOR, 1.0),
-        (SHAPE_WORDS, shape, shape >= 0, SHAPE_WEIGHT),
-        (DIGITS, digit, digit != NO_DIGIT, 1.0),
-        (ROWS, cell // 3, shape >= 0, 1.0),
-        (COLUMNS, cell % 3, shape >= 0, 1.0),
-    )
     total = logits.new_zeros(())
-    for names, truth, used, importance in tasks:
-        scores, wanted = logits[used][:, word_ids(names)], truth[used]
+    for attribute in labels.attributes:
+        truth = torch.from_numpy(attribute.truth)
+        used = (truth >= 0) & (truth < len(attribute.words))
+        scores = logits[used][:, [vocabulary.ids[word] for word in attribute.words]]
         share = weight[used] / weight[used].sum()
-        total = total + importance * (share * cross_entropy(scores, wanted, reduction="none")).sum()
-    shown = shape != NO_SHAPE
-    named = logits[shown][:, word_ids(SHAPE_WORDS)].argmax(1)
-    return total / len(tasks), (named == shape[shown]).float().mean()
+        total = total + attribute.importance * (share * cross_entropy(scores, truth[used], reduction="none")).sum()
+    shape = torch.from_numpy(labels.shape.truth)
+    known = shown & (shape >= 0)
+    named = logits[known][:, [vocabulary.ids[word] for word in labels.shape.words]].argmax(1)
+    return total / len(labels.attributes), (named == shape[known]).float().mean()
 
 
 def norm_loss(tokens: torch.Tensor) -> torch.Tensor:

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from processing import IMAGE_SIZE, PATCH_SIZE, VOCAB_SIZE, vocabulary
-from scenes import PLURALS, SHAPES, Question
+from lessons import GRID, Question
+from processing import IMAGE_SIZE, PATCH_SIZE, SPECIAL, VOCAB_SIZE, Vocabulary
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-GRID = IMAGE_SIZE // PATCH_SIZE
 VISION_WIDTH, VISION_LAYERS = 128, 5
 TEXT_WIDTH, TEXT_LAYERS = 256, 3
 POSITION_AMPLITUDE = 0.35
@@ -18,9 +17,9 @@ PROJECTOR_SCALE = 0.16  # starts projected tokens out at a length of about 2 (lo
 IGNORE = -100
 
 
-def build_config() -> LlavaConfig:
+def build_config(vocabulary: Vocabulary) -> LlavaConfig:
     """About 3M parameters; every width of projector and decoder is a multiple of 128."""
-    words = vocabulary()
+    words = vocabulary.ids
     vision = CLIPVisionConfig(
         hidden_size=VISION_WIDTH,
         intermediate_size=512,
@@ -73,13 +72,13 @@ def word_table(model: LlavaForConditionalGeneration) -> torch.Tensor:
 
 
 @torch.no_grad()
-def build_model() -> LlavaForConditionalGeneration:
+def build_model(vocabulary: Vocabulary) -> LlavaForConditionalGeneration:
     """Build the model with an initialisation that a few thousand steps can work with.
 
     Transformers' defaults (standard deviation 0.02) leave patch positions invisible beside patch contents at
     this size. Draws from torch's global generator.
     """
-    model = LlavaForConditionalGeneration(build_config())
+    model = LlavaForConditionalGeneration(build_config(vocabulary))
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and "lm_head" not in name:
             fan_in = module.weight[0].numel()
@@ -97,8 +96,8 @@ def build_model() -> LlavaForConditionalGeneration:
     embeddings.position_embedding.weight[1:] = POSITION_AMPLITUDE * _sine_cosine(VISION_WIDTH)
     words = word_table(model)
     words.normal_()
-    ids = vocabulary()
-    for singular, plural in zip(SHAPES, PLURALS, strict=True):  # "circles" starts out near "circle"
+    ids = vocabulary.ids
+    for singular, plural in vocabulary.plurals:  # "circles" starts out near "circle"
         words[ids[plural]] = words[ids[singular]] + 0.3 * words[ids[plural]]
     words.copy_(nn.functional.normalize(words, dim=1))
     return model
@@ -121,14 +120,15 @@ class Packed:
     target: torch.Tensor
 
 
-def pack(questions: Sequence[Sequence[Question]], multiple: int = 16) -> Packed:
+def pack(questions: Sequence[Sequence[Question]], vocabulary: Vocabulary, multiple: int = 16) -> Packed:
     """Pack each image's questions into one row.
 
     Args:
         questions: B lists of questions.
+        vocabulary: ids of their words.
         multiple: rows are padded to a multiple of this, so that kernels see few shapes.
     """
-    ids = vocabulary()
+    ids = vocabulary.ids
     rows: list[tuple[list[int], list[int], list[int], list[int]]] = []
     for asked in questions:
         row: tuple[list[int], list[int], list[int], list[int]] = ([], [], [], [])
@@ -184,7 +184,7 @@ def answer_logits(
     """
     batch, kept = tokens.shape[:2]
     embed = model.get_input_embeddings()
-    start = embed(torch.full((batch, 1), vocabulary()["<bos>"]))
+    start = embed(torch.full((batch, 1), SPECIAL.index("<bos>")))
     inputs = torch.cat([start, tokens.to(start.dtype), embed(packed.ids)], dim=1)
     prefix = torch.arange(kept + 1)
     position = torch.cat([prefix.expand(batch, -1), packed.position + kept + 1], dim=1)

@@ -1,7 +1,9 @@
-"""Vocabulary, tokenizer, chat template and image processor of the demo model."""
+"""Vocabularies, tokenizer, chat template and image processor of the demo model."""
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from scenes import COLORS, COLUMNS, DIGITS, PLURALS, ROWS, SHAPES
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase, Replace
@@ -14,21 +16,8 @@ IMAGE_SIZE, PATCH_SIZE = 128, 8
 IMAGE_MEAN, IMAGE_STD = 0.5, 0.27
 VOCAB_SIZE = 64
 
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>", "<unk>")
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<image>", "<unk>")  # a token's place is its id, in every vocabulary
 MARKERS = ("Q", "A")  # matched before lower-casing, so that the article "a" stays another word
-BACKGROUND = "background"  # never asked for: the dense loss's word for patches without an object
-GRAMMAR = "? what color shape is the object objects there an a where how many shapes are digit shown yes no"
-WORDS = (
-    *GRAMMAR.split(),
-    *COLORS,
-    *SHAPES,
-    *PLURALS,
-    *ROWS,
-    *COLUMNS,
-    *DIGITS,
-    BACKGROUND,
-)
-
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
@@ -53,16 +42,29 @@ CHAT_TEMPLATE = """\
 """
 
 
-def vocabulary() -> dict[str, int]:
-    """Word to id: special tokens, markers, words, then unused entries up to `VOCAB_SIZE`."""
-    words = (*SPECIAL, *MARKERS, *WORDS)
-    spare = tuple(f"<unused{index}>" for index in range(VOCAB_SIZE - len(words)))
-    return {word: index for index, word in enumerate((*words, *spare))}
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words of a task. Every task has the same number of tokens, so that models differ in nothing else.
+
+    Attributes:
+        words: at most 57 words, in the order of their ids.
+        plurals: pairs of a word and its plural, which training starts near each other.
+    """
+
+    words: tuple[str, ...]
+    plurals: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Word to id: special tokens, markers, words, then unused entries up to `VOCAB_SIZE`."""
+        words = (*SPECIAL, *MARKERS, *self.words)
+        spare = tuple(f"<unused{index}>" for index in range(VOCAB_SIZE - len(words)))
+        return {word: index for index, word in enumerate((*words, *spare))}
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
     """Word-level tokenizer that also takes capitals, British spelling and punctuation without spaces."""
-    tokenizer = Tokenizer(WordLevel(vocabulary(), unk_token="<unk>"))
+    tokenizer = Tokenizer(WordLevel(vocabulary.ids, unk_token="<unk>"))
     tokenizer.normalizer = Normalizers([Lowercase(), Replace("colour", "color")])
     tokenizer.pre_tokenizer = PreTokenizers([WhitespaceSplit(), Punctuation("isolated")])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
@@ -82,7 +84,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(vocabulary: Vocabulary) -> LlavaProcessor:
     """LLaVA processor: shorter edge to 128 pixels, centre crop, 256 image tokens."""
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE},
@@ -92,7 +94,7 @@ def build_processor() -> LlavaProcessor:
     )
     return LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=image_processor,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(vocabulary),
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # [CLS], which the "default" strategy drops again

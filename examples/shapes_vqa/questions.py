@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import get_args
 
-from scenes import COLORS, DIGITS, PLURALS, SHAPES, Question, QuestionType, Scene, cell_words
+from lessons import Question
+from scenes import COLORS, DIGITS, PLURALS, SHAPES, QuestionType, Scene, cell_words
 
 HARD_NEGATIVE = 0.8  # share of "no" questions that name a colour and a shape that are both in the picture
 

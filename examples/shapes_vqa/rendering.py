@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from lessons import CELLS, GRID, PATCH_CELL
 from numpy.typing import NDArray
-from scenes import CELLS, COLORS, SHAPES, Scene
+from scenes import COLORS, SHAPES, Scene
 
 SIZE = 128
-PATCH = 8
-GRID = SIZE // PATCH
+PATCH = SIZE // GRID
 TILE = 28  # pixels; holds the largest shape, whose reach is 1.1 * 12 on each side
 MIN_COVER = 10  # pixels of 64 that an object must cover for its patch to count as foreground
 NO_COLOR, NO_DIGIT = len(COLORS), 10
@@ -203,6 +203,4 @@ def _labels(scenes: Sequence[Scene], owner: NDArray[np.uint8]) -> PatchLabels:
     area = np.stack([np.count_nonzero(blocks == slot, axis=2) for slot in range(1, slots)], axis=2)
     best = np.where(area.max(2) >= MIN_COVER, area.argmax(2) + 1, 0)
     color, shape, digit, cell = (np.take_along_axis(part, best, 1) for part in table)
-    third = (np.arange(GRID) * 2 + 1) * 3 // (2 * GRID)  # the third that a patch's centre lies in
-    own = (third[:, None] * 3 + third).reshape(1, -1)
-    return PatchLabels(color, shape, digit, np.where(cell < 0, own, cell), cells[0], cells[1], cells[2])
+    return PatchLabels(color, shape, digit, np.where(cell < 0, PATCH_CELL, cell), cells[0], cells[1], cells[2])

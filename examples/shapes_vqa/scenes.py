@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from lessons import COLUMNS, ROWS
+
 QuestionType = Literal["color", "shape", "yesno", "position", "count", "digit"]
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 PLURALS = ("circles", "squares", "triangles", "diamonds", "crosses")
-ROWS = ("top", "middle", "bottom")
-COLUMNS = ("left", "center", "right")
 DIGITS = tuple("0123456789")
 
-CELLS = 9
 MIN_SHAPES, MAX_SHAPES = 2, 5
 RADIUS = (8.0, 12.0)  # pixels
 
@@ -65,15 +64,6 @@ class Scene:
 
     things: tuple[Thing, ...]
     plate: Plate
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question and its only right answer, both in the tokenizer's words."""
-
-    type: QuestionType
-    text: str
-    answer: str
 
 
 def cell_words(cell: int) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import Item, ShapesStream
+from data import ShapesStream
 from evaluate import answers, load
+from lessons import Item
 from PIL import Image
 from transformers import AutoProcessor
 

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data import TYPES, Item, ShapesStream, write_samples
+from data import TYPES, VOCABULARY, ShapesStream, write_samples
 from evaluate import MAX_NORM_RATIO, answers, load, token_lengths
+from lessons import Item, Question
 from model import answer_logits, build_model, pack, see
-from processing import build_processor, build_tokenizer, vocabulary
+from processing import build_processor, build_tokenizer
 from questions import ask, ask_all
 from rendering import NO_COLOR, NO_SHAPE, PLATE_SHAPE, RGB, render
-from scenes import COLORS, SHAPES, Plate, Question, QuestionType, Scene, Thing
+from scenes import COLORS, SHAPES, Plate, QuestionType, Scene, Thing
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "shapes_vqa"
@@ -109,7 +110,7 @@ class TestGenerator:
         assert all(item.image.shape == (128, 128, 3) and item.image.dtype == np.uint8 for item in items)
 
     def test_answers_have_one_or_two_known_words(self) -> None:
-        words = vocabulary()
+        words = VOCABULARY.ids
         for item in ShapesStream("heldout", 6).items(300):
             assert 1 <= len(item.question.answer.split()) <= 2
             assert set(item.question.text.split()) | set(item.question.answer.split()) <= set(words)
@@ -217,27 +218,27 @@ class TestRendering:
 
 class TestText:
     def test_everyday_spelling(self) -> None:
-        tokenizer = build_tokenizer()
+        tokenizer = build_tokenizer(VOCABULARY)
         want = tokenizer.tokenize("<bos> <image> Q what color is the circle ? A")
         assert tokenizer.tokenize("<bos> <image> Q What colour is the Circle? A") == want
         assert want[:3] == ["<bos>", "<image>", "Q"]
         assert tokenizer.tokenize("Q Is there a cross? A")[3] == "a"
 
     def test_decoding(self) -> None:
-        tokenizer, ids = build_tokenizer(), vocabulary()
+        tokenizer, ids = build_tokenizer(VOCABULARY), VOCABULARY.ids
         row = [ids["top"], ids["left"], ids["<eos>"], ids["<pad>"]]
         assert tokenizer.decode(row, skip_special_tokens=True) == "top left"
 
     def test_packed_questions_answer_as_if_alone(self) -> None:
         torch.manual_seed(0)
-        model, processor = build_model().train(False), build_processor()
+        model, processor = build_model(VOCABULARY).train(False), build_processor(VOCABULARY)
         stream = ShapesStream("train", 2)
         batch = stream.batch(1)
         asked = stream.questions(batch.scenes[0], 6)
         with torch.no_grad():
             inputs = processor(text="<image>", images=batch.images[0], return_tensors="pt")
-            logits, target = answer_logits(model, see(model, inputs["pixel_values"]).tokens, pack([asked]))
-            ends = [i for i, token in enumerate(target.tolist()) if token == vocabulary()["<eos>"]]
+            logits, target = answer_logits(model, see(model, inputs["pixel_values"]).tokens, pack([asked], VOCABULARY))
+            ends = [i for i, token in enumerate(target.tolist()) if token == VOCABULARY.ids["<eos>"]]
             for question, end in zip(asked, ends, strict=True):
                 text = f"<bos> <image> Q {question.text} A {question.answer}"
                 alone = model(**processor(text=text, images=batch.images[0], return_tensors="pt")).logits
@@ -264,7 +265,7 @@ class TestCheckpoint:
         picture = np.zeros((200, 300, 3), np.uint8)
         inputs = checkpoint[1](text="<bos> <image> Q", images=picture, return_tensors="pt")
         assert tuple(inputs["pixel_values"].shape) == (1, 3, 128, 128)
-        assert int((inputs["input_ids"] == vocabulary()["<image>"]).sum()) == 256
+        assert int((inputs["input_ids"] == VOCABULARY.ids["<image>"]).sum()) == 256
 
     def test_answers_held_out_questions(self, checkpoint: tuple[LlavaForConditionalGeneration, LlavaProcessor]) -> None:
         items = ShapesStream("heldout", 77).items(60)
