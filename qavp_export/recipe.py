@@ -78,9 +78,9 @@ class Recipe(BaseModel):
         "square, which is what the decoder's quantizers see.",
     )
     select: Select = Field(
-        default="topk",
-        description="Selection rule: topk takes the k highest scores; dpp tokens of high score that differ, by a "
-        "determinantal point process; maxmin tokens that differ most, whatever their scores.",
+        default="dpp",
+        description="Selection rule: dpp takes tokens of high score that differ, by a determinantal point process "
+        "(CDPruner); topk the k highest scores (QAPruner); maxmin tokens that differ most, whatever their scores.",
     )
     positions: Literal["contiguous", "original"] = Field(
         default="contiguous",

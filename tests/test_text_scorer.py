@@ -63,7 +63,7 @@ class Case:
 
     def export(self, target: Path, preset: str = "none", **fields: Any) -> Manifest:
         """Exports with the scorer `text`."""
-        recipe = make_recipe(preset, {"semantic": "text", "keep": 0.3} | fields)
+        recipe = make_recipe(preset, {"semantic": "text", "keep": 0.3, "select": "topk"} | fields)
         return pipeline.export(
             self.llava,
             recipe,

@@ -29,7 +29,7 @@ from qavp_export.engines.tensorrt.lowering.decoder import lower_decoder
 from qavp_export.engines.tensorrt.lowering.embedding import lower_embedding
 from qavp_export.engines.tensorrt.lowering.network import LoweredNetwork
 from qavp_export.engines.tensorrt.lowering.vision import lower_vision
-from qavp_export.engines.tensorrt.process import run_worker
+from qavp_export.engines.tensorrt.process import BrokenDownError, run_worker
 from qavp_export.engines.tensorrt.profiles import (
     KEEP_TOKENS,
     Profile,
@@ -43,6 +43,7 @@ from qavp_export.engines.tensorrt.targets import EngineTargets, check_formats
 from qavp_export.engines.tensorrt.worker import Report, Request
 from qavp_export.errors import QavpError
 from qavp_export.manifest import Manifest
+from qavp_export.passes.select_diverse import SELECT_DIVERSE
 from qavp_export.runtime.processors import load_processor
 
 # (graph, steps done, steps in all)
@@ -195,7 +196,10 @@ class _Flavour:
         try:
             report = run_worker(request, self._work, progress)
         except QavpError as error:
-            raise type(error)(f"{self._flavour}, {name.replace('_', ' ')}: {error}") from error
+            # TensorRT-RTX 1.7 does on LLaVA-OneVision's vision encoder: a diverse selection behind pooled tokens.
+            diverse = any(function.name == SELECT_DIVERSE for function in network.model.functions.values())
+            advice = "; try --select topk" if diverse and isinstance(error, BrokenDownError) else ""
+            raise type(error)(f"{self._flavour}, {name.replace('_', ' ')}: {error}{advice}") from error
         if self._targets.capability_report:
             write_report(model, self._folder / f"{name}.capability.txt", self._flavour)
         for path in (model, weights):

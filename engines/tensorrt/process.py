@@ -14,6 +14,11 @@ from pathlib import Path
 from qavp_export.engines.tensorrt.worker import PROGRESS, Report, Request
 from qavp_export.errors import QavpError, UnavailableError
 
+
+class BrokenDownError(QavpError):
+    """The process ended without a report: the library inside broke down."""
+
+
 _WORKER = "qavp_export.engines.tensorrt.worker"
 
 
@@ -27,7 +32,8 @@ def run_worker(request: Request, work: Path, progress: Callable[[int, int], None
 
     Raises:
         UnavailableError: The library or a GPU is not there.
-        QavpError: Nothing was built, or the process broke down.
+        BrokenDownError: The process ended without a report.
+        QavpError: Nothing was built.
     """
     report, asked = work / "report.json", work / "request.json"
     report.unlink(missing_ok=True)
@@ -48,7 +54,7 @@ def run_worker(request: Request, work: Path, progress: Callable[[int, int], None
         if not report.is_file():
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip().splitlines()
-            raise QavpError(
+            raise BrokenDownError(
                 f"the process that builds engines for {request.flavour} ended with {process.returncode}"
                 f" ({said[-1] if said else 'it said nothing'})"
             )

@@ -80,7 +80,7 @@ ScoreInputOption = Annotated[
     typer.Option(help="Score raw features, or rms: each token divided by its root mean square. [default: raw]"),
 ]
 SelectOption = Annotated[
-    str | None, typer.Option(help="Selection rule: topk, or the diverse ones dpp and maxmin. [default: topk]")
+    str | None, typer.Option(help="Selection rule: the diverse ones dpp and maxmin, or topk. [default: dpp]")
 ]
 PositionsOption = Annotated[
     str | None, typer.Option(help="Position ids of the shortened prompt: contiguous or original. [default: contiguous]")

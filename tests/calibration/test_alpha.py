@@ -65,7 +65,7 @@ def _export(
         if stop is not None and (stage, done) == stop:
             raise KeyboardInterrupt
 
-    recipe = make_recipe("rtn", {"keep": KEEP, "seed": SEED} | fields)
+    recipe = make_recipe("rtn", {"keep": KEEP, "seed": SEED, "select": "topk"} | fields)
     return pipeline.export(model, recipe, target, name="model", force=False, progress=progress, resume=resume)
 
 

@@ -81,7 +81,7 @@ def test_each_step_binds_what_has_changed() -> None:
 
 def test_its_graphs_compute_what_the_canonical_ones_do(bundle: Path) -> None:
     manifest = Manifest.read(bundle)
-    backend = lowered.Backend(CUDA_FOLDER, (CPU_PROVIDER,), "cpu", np.float16, vision="fp32")
+    backend = lowered.Backend(CUDA_FOLDER, (CPU_PROVIDER,), "cpu", np.float16, ("float16",), vision="fp32")
     graphs = lowered.LoweredGraphs(bundle, OPTIONS, backend)
     engine = lowered.LoweredEngine(bundle, manifest, OPTIONS, graphs)
     reference = load_engine("ort-reference", bundle, manifest, OPTIONS)

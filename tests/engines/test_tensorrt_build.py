@@ -177,6 +177,24 @@ def test_a_builder_that_breaks_down_is_one_line(worker: Callable[[str], None], t
         run_worker(Request(TENSORRT_RTX, ""), tmp_path)
 
 
+@pytest.mark.parametrize(("select", "advice"), [("dpp", "; try --select topk$"), ("topk", r"\(it said nothing\)$")])
+def test_a_builder_that_breaks_down_on_a_diverse_selection_is_told_of(
+    worker: Callable[[str], None], tiny_llava: Path, tmp_path: Path, select: str, advice: str
+) -> None:
+    bundle = tmp_path / "bundle"
+    recipe = make_recipe("none", {"select": select})
+    manifest = export(tiny_llava, recipe, bundle, name="tiny", force=False, progress=lambda *_: None)
+    worker(
+        "import json, os, pathlib, sys\n"
+        "request = json.loads(pathlib.Path(sys.argv[1]).read_text())\n"
+        "if request['model']: os._exit(9)\n"
+        "pathlib.Path(request['report']).write_text(json.dumps({'version': '1.7.0'}))"
+    )
+    targets = EngineTargets((TENSORRT_RTX,), (89,))
+    with pytest.raises(QavpError, match=rf"tensorrt-rtx, vision encoder: the process .* ended with 9 .*{advice}"):
+        build_tensorrt_engines(bundle, manifest, targets, tmp_path, lambda *_: None)
+
+
 def test_an_interrupted_build_leaves_no_process(worker: Callable[[str], None], tmp_path: Path) -> None:
     worker(
         "import os, pathlib, sys, time\n"

@@ -37,9 +37,10 @@ CAPACITY = 24
 
 @pytest.fixture(scope="module")
 def exported(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle without quantization."""
+    """A bundle without quantization, and without a diverse selection: `test_tensorrt_select` has that."""
     target = tmp_path_factory.mktemp("exported") / "bundle"
-    pipeline.export(tiny_llava, make_recipe("none", {}), target, name="tiny", force=False, progress=lambda *_: None)
+    recipe = make_recipe("none", {"select": "topk"})
+    pipeline.export(tiny_llava, recipe, target, name="tiny", force=False, progress=lambda *_: None)
     return target
 
 

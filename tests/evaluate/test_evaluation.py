@@ -242,7 +242,7 @@ def test_a_question_reaches_clip_and_the_foreground_that_is_kept_is_counted(
     clip = make_clip(tmp_path / "clip", tiny_llava)
     bundles = Bundles(tiny_llava, "tiny-llava", tmp_path / "work", clip=(clip, "tiny-clip"))
     # A float decoder leaves the vision tower in float: the tokens are those of transformers.
-    (arm,) = choose_arms([], ["text=none,semantic=text,alpha=1"])
+    (arm,) = choose_arms([], ["text=none,semantic=text,alpha=1,select=topk"])
     evaluation = Evaluation(bundles, [arm], SETUP, lambda *_: None)
     evaluation.export()
     processor: Any = AutoProcessor.from_pretrained(tiny_llava)

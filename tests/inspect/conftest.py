@@ -23,7 +23,8 @@ def _export(model: Path, target: Path, recipe: str = "none", **fields: Any) -> P
 @pytest.fixture(scope="session")
 def best(tmp_path_factory: pytest.TempPathFactory, tiny_llava: Path) -> Path:
     """Keeps the 7 of 25 tokens with the highest scores, at W4A4 and rotated."""
-    return _export(tiny_llava, tmp_path_factory.mktemp("best") / "bundle", "rotate", keep=0.28, algorithm="rtn")
+    fields = {"keep": 0.28, "select": "topk", "algorithm": "rtn"}
+    return _export(tiny_llava, tmp_path_factory.mktemp("best") / "bundle", "rotate", **fields)
 
 
 @pytest.fixture(scope="session")
