@@ -27,8 +27,9 @@ from qavp_export.numerics.score import hybrid_token_score
 from qavp_export.numerics.select import Select, select_tokens, tokens_to_keep
 from qavp_export.pipeline import Progress
 from qavp_export.runtime import QavpModel
-from qavp_export.runtime.batching import Prepared, pad_prompts, prune_prompt
+from qavp_export.runtime.batching import Prepared, prune_prompt
 from qavp_export.runtime.layouts import Unit, load_layout
+from qavp_export.runtime.preparation import embed_pruned
 from qavp_export.runtime.processors import load_processor
 from qavp_export.runtime.prompts import PromptEncoder
 
@@ -300,17 +301,13 @@ def prepare(model: QavpModel, questions: Questions, rows: npt.NDArray[np.int64],
         rows: Which of them.
         kept: The tokens that are kept of every question `[n, k]`.
     """
-    tokens, pad = model.manifest.vision_tokens, model.manifest.decoder.pad_token_id
+    tokens = model.manifest.vision_tokens
     pruned = [prune_prompt(questions.ids[row], [questions.units[row]], [kept[row]], tokens) for row in rows]
-    padded = pad_prompts(pruned, pad)
-    features = np.take_along_axis(questions.features[rows], kept[rows][..., np.newaxis], axis=1)
-    return Prepared(
-        input_ids=padded.input_ids,
-        attention_mask=padded.attention_mask,
-        position_ids=padded.position_ids,
-        token_type_ids=(padded.input_ids == tokens.image_token_id).astype(np.int64),
-        next_positions=padded.next_positions,
-        inputs_embeds=model.engine.embed(padded.input_ids, features),
+    return embed_pruned(
+        pruned,
+        np.take_along_axis(questions.features[rows], kept[rows][..., np.newaxis], axis=1),
+        model.manifest,
+        model.engine,
         kept_indices=tuple(kept[rows]),
         unpruned_tokens=(questions.features.shape[1],) * len(rows),
         images_per_prompt=(1,) * len(rows),

@@ -9,7 +9,14 @@ import numpy as np
 
 from qavp_export.engines import Encoders, FloatArray, IntArray
 from qavp_export.manifest import Manifest
-from qavp_export.runtime.batching import Prepared, check_context, pad_prompts, prune_prompt, shortest_length
+from qavp_export.runtime.batching import (
+    Prepared,
+    PrunedPrompt,
+    check_context,
+    pad_prompts,
+    prune_prompt,
+    shortest_length,
+)
 from qavp_export.runtime.images import ImageSource
 from qavp_export.runtime.layouts import Unit, choose_keep, load_layout
 from qavp_export.runtime.processors import load_processor
@@ -101,14 +108,11 @@ class Preparer:
             for prompt, shown in zip(encoded, units, strict=True)
         ]
         check_context([prompt.next_position for prompt in pruned], units, self._manifest)
-        padded = pad_prompts(pruned, self._manifest.decoder.pad_token_id)
-        return Prepared(
-            input_ids=padded.input_ids,
-            attention_mask=padded.attention_mask,
-            position_ids=padded.position_ids,
-            token_type_ids=(padded.input_ids == tokens.image_token_id).astype(np.int64),
-            next_positions=padded.next_positions,
-            inputs_embeds=self._encoders.embed(padded.input_ids, features),
+        return embed_pruned(
+            pruned,
+            features,
+            self._manifest,
+            self._encoders,
             kept_indices=kept,
             unpruned_tokens=tuple(len(unit.candidates) for unit in flat),
             images_per_prompt=tuple(len(prompt.labels) for prompt in encoded),
@@ -134,3 +138,38 @@ def _join(features: Iterable[FloatArray], manifest: Manifest) -> FloatArray:
     if len(parts) == 1:
         return parts[0]
     return np.concatenate([part.reshape(1, -1, width) for part in parts], axis=1)
+
+
+def embed_pruned(
+    pruned: Sequence[PrunedPrompt],
+    features: FloatArray,
+    manifest: Manifest,
+    encoders: Encoders,
+    *,
+    kept_indices: tuple[IntArray, ...],
+    unpruned_tokens: tuple[int, ...],
+    images_per_prompt: tuple[int, ...],
+) -> Prepared:
+    """Pads prompts to a batch and embeds them.
+
+    Args:
+        pruned: The prompts.
+        features: The vision tokens that survive, as `Encoders.embed` takes them.
+        manifest: The bundle's manifest.
+        encoders: What runs the embedding.
+        kept_indices: See `Prepared`.
+        unpruned_tokens: See `Prepared`.
+        images_per_prompt: See `Prepared`.
+    """
+    padded = pad_prompts(pruned, manifest.decoder.pad_token_id)
+    return Prepared(
+        input_ids=padded.input_ids,
+        attention_mask=padded.attention_mask,
+        position_ids=padded.position_ids,
+        token_type_ids=(padded.input_ids == manifest.vision_tokens.image_token_id).astype(np.int64),
+        next_positions=padded.next_positions,
+        inputs_embeds=encoders.embed(padded.input_ids, features),
+        kept_indices=kept_indices,
+        unpruned_tokens=unpruned_tokens,
+        images_per_prompt=images_per_prompt,
+    )
