@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from qavp_export.errors import InputError
 from qavp_export.evaluate.bundles import Bundles
 from qavp_export.evaluate.datasets import DataSet, load_dataset
 
-DATA = ("demo", "easy-vqa")
+# Data sets, and what static scales are calibrated on: of the demo another stream, of easy-VQA the training questions.
+DATA: Mapping[str, str] = MappingProxyType({"demo": "demo", "easy-vqa": "easy-vqa:train"})
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Asked:
         name, equals, rest = text.partition("=")
         path, colon, data = rest.rpartition(":")
         if not colon or data not in DATA:
-            path, data = rest, DATA[0]
+            path, data = rest, "demo"
         if not equals or not name or Path(name).name != name or not path:
             raise InputError(f"{text[:60]!r} is not NAME=CHECKPOINT[:DATA], DATA one of {', '.join(DATA)}")
         if not Path(path).is_dir():
@@ -92,8 +94,7 @@ class Plan:
     def data(self, name: str) -> tuple[DataSet, DataSet]:
         """Returns the questions, and others of the same kind to calibrate on."""
         asked = load_dataset(name, None, self.questions, self.seed)
-        # Of the demo another stream. Of easy-VQA another draw of the test questions: their answers are not used.
-        return asked, load_dataset(name, None, self.calibration, self.seed + 1)
+        return asked, load_dataset(DATA[name], None, self.calibration, self.seed + 1)
 
 
 class Results:

@@ -16,7 +16,7 @@ DataOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME[:PATH]",
-        help="Questions: demo, easy-vqa, jsonl:FILE, scienceqa:DIR, textvqa:FILE, pope:FILE|DIR or gqa:FILE.",
+        help="Questions: demo, easy-vqa[:train], jsonl:FILE, scienceqa:DIR, textvqa:FILE, pope:FILE|DIR or gqa:FILE.",
     ),
 ]
 ArmsOption = Annotated[

@@ -128,7 +128,8 @@ def test_gqa_layout(tmp_path: Path) -> None:
     assert found.items[0].prompt == "Is it overcast?" + SHORT
 
 
-def test_easy_vqa_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("spec", "split"), [("easy-vqa", "test"), ("easy-vqa:train", "train")])
+def test_easy_vqa_package(spec: str, split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The package's API, as its README has it.
     package = ModuleType("easy_vqa")
     path = str(picture(tmp_path / "5.png"))
@@ -137,10 +138,11 @@ def test_easy_vqa_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ["teal", "no", "rectangle", "yes"],
         [5] * 4,
     )
-    monkeypatch.setattr(package, "get_test_questions", lambda: questions, raising=False)
-    monkeypatch.setattr(package, "get_test_image_paths", lambda: {5: path}, raising=False)
+    monkeypatch.setattr(package, f"get_{split}_questions", lambda: questions, raising=False)
+    monkeypatch.setattr(package, f"get_{split}_image_paths", lambda: {5: path}, raising=False)
     monkeypatch.setitem(sys.modules, "easy_vqa", package)
-    found = load("easy-vqa")
+    found = load(spec)
+    assert found.name == spec
     assert [(item.answers, item.kind) for item in found.items] == [
         (("teal",), "color"),
         (("no",), "yesno"),
@@ -154,6 +156,11 @@ def test_easy_vqa_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(UnavailableError, match="pip install easy-vqa"):
         load("easy-vqa")
+
+
+def test_easy_vqa_split_that_does_not_exist() -> None:
+    with pytest.raises(InputError, match="no split 'dev'; choose from test, train"):
+        load("easy-vqa:dev")
 
 
 def test_jsonl_of_every_kind(tmp_path: Path) -> None:
