@@ -15,6 +15,8 @@ DOMAIN = "qavp"
 HYBRID_TOKEN_SCORE = "HybridTokenScore"
 TOKEN_NORM = "TokenNorm"
 
+# A largest magnitude is the larger of the largest value and the smallest's opposite: neither is written out, as
+# magnitudes would be, and the outlier intensity has its extremes from the same two reductions.
 _HYBRID = """
   eps = Constant <value_float: float = 1.0e-8> ()
   one = Constant <value_float: float = 1.0> ()
@@ -31,8 +33,10 @@ _HYBRID = """
   sizes = Reshape (size, last)
   grouped = Concat <axis: int = 0> (unsized, sizes)
   groups = Reshape (v, grouped)
-  magnitude = Abs (groups)
-  peak = ReduceMax <keepdims: int = 1> (magnitude, last)
+  group_high = ReduceMax <keepdims: int = 1> (groups, last)
+  group_low = ReduceMin <keepdims: int = 1> (groups, last)
+  group_depth = Neg (group_low)
+  peak = Max (group_high, group_depth)
   scale = Div (peak, seven)
   divisor = Add (scale, eps)
   ratio = Div (groups, divisor)
@@ -47,8 +51,9 @@ _HYBRID = """
 {sum_residual}
   squared_error = Squeeze (residual_sum, last)
   error = Sqrt (squared_error)
-  highest = ReduceMax <keepdims: int = 0> (v, last)
-  lowest = ReduceMin <keepdims: int = 0> (v, last)
+  of_groups = Constant <value_ints: ints = [2, 3]> ()
+  highest = ReduceMax <keepdims: int = 0> (group_high, of_groups)
+  lowest = ReduceMin <keepdims: int = 0> (group_low, of_groups)
   outlier = Sub (highest, lowest)
 {minmax}
   error_weight = Sub (one, outlier_weight)

@@ -43,8 +43,10 @@ _SIMILARITY = """
   least = Constant <value_float: float = 1.0> ()
   all_channels = Cast <to: int = 1> (image_features)
 {sketch}
-  magnitude = Abs (values)
-  peak = ReduceMax <keepdims: int = 1> (magnitude, last)
+  largest = ReduceMax <keepdims: int = 1> (values, last)
+  smallest = ReduceMin <keepdims: int = 1> (values, last)
+  depth = Neg (smallest)
+  peak = Max (largest, depth)
   share = Div (peak, levels)
   step = Max (share, tiny)
   ratio = Div (values, step)
@@ -176,6 +178,7 @@ _DPP = """
   empty_block = Expand (nothing, block_shape)
   rows_shape = Concat <axis: int = 0> (images, {capacity}, tokens)
   rows = Expand (nothing, rows_shape)
+  block_row_shape = Concat <axis: int = 0> (images, second, steps_1d)
   weight_end, rest_end, rows_end, choices = Loop (blocks, more, weight, rest, rows) <body = blocks_body
     (int64 block, bool go, float[b,1,n] weight_0, float[b,1,n] rest_0, float[b,r,n] rows_0)
     => (bool go_on, float[b,1,n] weight_1, float[b,1,n] rest_1, float[b,s,n] rows_1, int64[c,b,1,1] picks)
@@ -183,6 +186,7 @@ _DPP = """
     go_on = Identity (go)
     rows_before = Shape <start: int = 1, end: int = 2> (rows_0)
     column_shape = Concat <axis: int = 0> (images, rows_before, second)
+    row_before_shape = Concat <axis: int = 0> (images, second, rows_before)
     weight_1, rest_1, written, picks = Loop (steps, more, weight_0, rest_0, empty_block) <body = steps_body
       (int64 index, bool going, float[b,1,n] weight_in, float[b,1,n] rest_in, float[b,t,n] rows_in)
       => (bool still, float[b,1,n] weight_out, float[b,1,n] rest_out, float[b,u,n] rows_out, int64[b,1,1] picked)
@@ -194,12 +198,12 @@ _DPP = """
 {cosine}
       place_before = Expand (picked, column_shape)
       column_before = GatherElements <axis: int = 2> (rows_0, place_before)
-      factors_before = Transpose <perm: ints = [0, 2, 1]> (column_before)
+      factors_before = Reshape (column_before, row_before_shape)
       known_before = MatMul (factors_before, rows_0)
       block_column_shape = Concat <axis: int = 0> (images, steps_1d, second)
       place = Expand (picked, block_column_shape)
       column = GatherElements <axis: int = 2> (rows_in, place)
-      factors = Transpose <perm: ints = [0, 2, 1]> (column)
+      factors = Reshape (column, block_row_shape)
       known_here = MatMul (factors, rows_in)
       known = Add (known_before, known_here)
       new = Sub (cosine, known)
