@@ -14,11 +14,6 @@ from pathlib import Path
 from qavp_export.engines.tensorrt.worker import PROGRESS, Report, Request
 from qavp_export.errors import QavpError, UnavailableError
 
-
-class BrokenDownError(QavpError):
-    """The process ended without a report: the library inside broke down."""
-
-
 _WORKER = "qavp_export.engines.tensorrt.worker"
 
 
@@ -32,8 +27,7 @@ def run_worker(request: Request, work: Path, progress: Callable[[int, int], None
 
     Raises:
         UnavailableError: The library or a GPU is not there.
-        BrokenDownError: The process ended without a report.
-        QavpError: Nothing was built.
+        QavpError: Nothing was built, or the process broke down.
     """
     report, asked = work / "report.json", work / "request.json"
     report.unlink(missing_ok=True)
@@ -54,7 +48,7 @@ def run_worker(request: Request, work: Path, progress: Callable[[int, int], None
         if not report.is_file():
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip().splitlines()
-            raise BrokenDownError(
+            raise QavpError(
                 f"the process that builds engines for {request.flavour} ended with {process.returncode}"
                 f" ({said[-1] if said else 'it said nothing'})"
             )

@@ -25,11 +25,13 @@ from qavp_export.engines.tensorrt.profiles import Profile, decoder_profiles, vis
 from qavp_export.engines.tensorrt.worker import Request
 from qavp_export.errors import QavpError
 from qavp_export.manifest import Manifest, VisionTokens
+from qavp_export.numerics.diverse import Diversity
 from qavp_export.passes import SCHEMES, PlaceQdq, RoundWeights
 from qavp_export.passes import realized_precision as canonical_precision
 from qavp_export.recipe import make_recipe
 from qavp_export.verify import verify
 from tests.engines.rtx import CAPABILITIES, REALIZED, RTX, check_engines, requires_rtx
+from tests.engines.tensorrt_graphs import attended
 from tests.models.tiny import TinySpec, make_llava
 from tests.passes.decoders import llama_decoder
 
@@ -187,6 +189,15 @@ def test_what_the_oldest_tensorrt_gets_is_parsed_and_built(bundle: Path, tmp_pat
         realized = realized_precision(layers, network.expected)
         assert mismatches(network.expected, realized) == []
         assert list(realized.values()).count("float16") == 2
+
+
+@pytest.mark.parametrize("select", ["dpp", "maxmin"])
+def test_diverse_selection_is_built_beside_attention(select: Diversity, tmp_path: Path) -> None:
+    # A Loop, beside which the builder dies of attention operators, even of one.
+    network = lower_vision(attended(select, 6), RTX_CAPABILITIES)
+    shapes: Profile = {"x": ((1, 2, 23, 16), (1, 2, 23, 16), (8, 2, 23, 16)), "score": ((1, 23), (1, 23), (8, 23))}
+    _, layers = _build_network(network, [shapes], tmp_path, (89,))
+    assert realized_precision(layers, network.expected) == {"/attn/MatMul": "float16"}
 
 
 def test_what_does_not_parse_is_one_line_and_leaves_no_engine(tmp_path: Path) -> None:

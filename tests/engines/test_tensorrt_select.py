@@ -19,7 +19,7 @@ from qavp_export.errors import GraphError
 from qavp_export.numerics.diverse import Diversity, choose_diverse
 from qavp_export.passes import SelectGather
 from tests.engines.lowered import nodes_of
-from tests.engines.tensorrt_graphs import check_parser_takes, needs_parser
+from tests.engines.tensorrt_graphs import attended, check_parser_takes, needs_parser
 from tests.passes.graphs import graph, session
 
 Array = npt.NDArray[Any]
@@ -92,6 +92,21 @@ def test_only_where_there_are_plugins() -> None:
     assert nodes_of(lower_vision(model, TENSORRT).model, SELECT_DPP)
     assert nodes_of(lower_vision(model, TENSORRT_RTX).model, "SelectDiverse")
     assert nodes_of(model, "SelectDiverse")
+
+
+@pytest.mark.parametrize("select", BOTH)
+def test_no_attention_stays_beside_a_loop(select: Diversity) -> None:
+    # TensorRT-RTX's builder dies of both.
+    for keep_input, capabilities, stays in [
+        (False, TENSORRT, True),
+        (True, TENSORRT, False),
+        (False, TENSORRT_RTX, False),
+    ]:
+        model = attended(select, 6, keep_input=keep_input)
+        network = lower_vision(model, capabilities)
+        assert len(nodes_of(network.model, "Attention")) == stays
+        assert len(nodes_of(network.model, "SelectDiverse")) == (not stays)
+        assert list(network.expected) == ["/attn" if stays else "/attn/MatMul"]
 
 
 @pytest.mark.parametrize(

@@ -138,9 +138,6 @@ def _image(size: tuple[int, int]) -> Image.Image:
 def _bundle(model: _Model, folder: Path, **overrides: Any) -> QavpModel:
     # Once for a family.
     targets = RTX if "keep_range" in overrides else None
-    if targets is not None and model.settings.get("max_tiles") is not None:
-        # Its builder breaks down on a diverse selection of LLaVA-OneVision's pooled tokens.
-        overrides["select"] = "topk"
     recipe, quiet = make_recipe("none", overrides), lambda *_: None
     manifest = pipeline.export(model.folder, recipe, folder, name="tiny", force=False, progress=quiet, targets=targets)
     if targets is not None:
