@@ -8,9 +8,9 @@ demo: .venv/installed
 	$(BIN)/qavp-export --model examples/shapes_vqa/model --keep 0.125 --output demo_bundle --force
 	$(BIN)/qavp-run demo_bundle --image examples/shapes_vqa/samples/00.png --prompt "What color is the cross?"
 
-# Files whole, because their tests share exports.
+# Files whole, because their tests share exports; in order, because those with the most tests are not the slow ones.
 test: lint build/tensorrt-10
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # The Python bindings of an older TensorRT, and a NumPy that its plugins work with: tests import them from here.
 build/tensorrt-10: .venv/installed

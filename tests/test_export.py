@@ -25,8 +25,10 @@ from qavp_export.calibration.prompts import embed_prompts
 from qavp_export.errors import RecipeError
 from qavp_export.manifest import Manifest
 from qavp_export.recipe import make_recipe
+from qavp_export.tracing import trace
 from qavp_export.verify import verify
 from tests.models.tiny import TinySpec, make_llava
+from tests.models.traces import Tracer
 
 ExportTo = Callable[..., Manifest]
 VARIANTS = {
@@ -161,9 +163,9 @@ def test_the_bundle_verifies_and_keeps_what_the_runtime_needs(w4a4: Path) -> Non
 
 
 def test_same_recipe_and_checkpoint_give_identical_bytes(
-    tmp_path: Path, tiny_llava: Path, w4a4: Path, monkeypatch: pytest.MonkeyPatch, real_trace: Callable[..., Any]
+    tmp_path: Path, tiny_llava: Path, w4a4: Path, monkeypatch: pytest.MonkeyPatch, trace_anew: Tracer
 ) -> None:
-    monkeypatch.setattr(pipeline, "trace_components", real_trace)
+    monkeypatch.setattr(trace, "_trace", trace_anew)
     again = _export(tiny_llava, tmp_path / "again", keep=0.3)
     assert again.files == Manifest.read(w4a4).files
 

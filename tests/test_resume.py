@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -118,20 +118,29 @@ def _no_parity(*_: object) -> _Passed:
 
 @pytest.mark.parametrize(("number", "flags"), [(signal.SIGKILL, []), (signal.SIGINT, ["--resume"])])
 def test_a_killed_run_is_resumed(
-    tmp_path: Path, tiny_llava: Path, uninterrupted: dict[str, dict[str, bytes]], number: int, flags: list[str]
+    tmp_path: Path,
+    tiny_llava: Path,
+    shared_folder: Path,
+    uninterrupted: dict[str, dict[str, bytes]],
+    number: int,
+    flags: list[str],
 ) -> None:
     journal = tmp_path / ".bundle.partial" / "work" / "journal"
     # Where the tests run in the background, a shell may have had SIGINT ignored, and children inherit that.
     run = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from qavp_export.cli.export import main; raise SystemExit(main())"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from pathlib import Path; from tests.models.traces import traced_once\n"
+        "from qavp_export.cli.export import main\n"
+        f"with traced_once(Path({str(shared_folder)!r})): raise SystemExit(main())"
     )
     command = [sys.executable, "-c", run, "--model", str(tiny_llava), "-o", str(tmp_path / "bundle"), *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=root) as process:
         # As soon as a rounded weight is there.
         while not (journal.is_file() and b".codes" in journal.read_bytes()):
             assert process.poll() is None
-            os.sched_yield()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.02)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=120)
     if flags:

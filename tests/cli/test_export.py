@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -220,6 +221,8 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, tiny_llava: Path, num
         while not list(tmp_path.glob(".bundle.partial")) and process.poll() is None:
             if time.monotonic() > deadline:
                 raise TimeoutError("the export did not begin")
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.02)
         process.send_signal(number)
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == code

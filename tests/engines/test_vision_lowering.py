@@ -27,8 +27,7 @@ from qavp_export.pipeline import _store_half
 from qavp_export.recipe import make_recipe
 from qavp_export.settings import settle
 from qavp_export.source import Source, open_source
-from qavp_export.tracing import build_skeleton
-from qavp_export.tracing.trace import _trace, _vision_request
+from qavp_export.tracing import build_skeleton, trace
 from qavp_export.weight_file import WeightFile
 from qavp_export.weights import CheckpointWeights
 from tests.engines.lowered import codes_by_value
@@ -93,16 +92,16 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], _Traced]
     """Traces a model's vision encoder, once; its other components would take most of the time."""
 
     @cache
-    def trace(name: str) -> _Traced:
+    def make(name: str) -> _Traced:
         source = open_source(MAKERS[name](tmp_path_factory.mktemp("vision") / name), name)
         skeleton, mode = build_skeleton(source.config)
         weights = CheckpointWeights(source.checkpoint, source.family, skeleton)
         with mode:
-            request = _vision_request(source.family, source.family.vision_encoder(skeleton), source.plan)
+            request = trace._vision_request(source.family, source.family.vision_encoder(skeleton), source.plan)
         names = {id(module): path for path, module in skeleton.named_modules()}
-        return _Traced(source, _trace(request, mode, names, weights.tensor), weights)
+        return _Traced(source, trace._trace(request, mode, names, weights.tensor), weights)
 
-    return trace
+    return make
 
 
 @pytest.fixture(scope="session")

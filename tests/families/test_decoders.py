@@ -13,8 +13,7 @@ import torch
 
 from qavp_export.errors import CheckpointError
 from qavp_export.families import FAMILIES, Plan
-from qavp_export.tracing import build_skeleton
-from qavp_export.tracing.trace import _decoder_request, _trace
+from qavp_export.tracing import build_skeleton, trace
 from tests.engines.cached_decoders import check_lowered
 from tests.families.harness import Array, Runner, open_graph, transformers_answer
 from tests.models.decoders import VARIANTS, random_variant, variant_config
@@ -31,13 +30,13 @@ def _traced(name: str) -> tuple[Any, ir.Model, Plan]:
     skeleton, mode = build_skeleton(model.config)
     modules = {id(module): name for name, module in skeleton.named_modules()}
     with mode:
-        request = _decoder_request(family.decoder(skeleton), plan, family.decoder_inputs(plan))
+        request = trace._decoder_request(family.decoder(skeleton), plan, family.decoder_inputs(plan))
 
     def weight(name: str, _: tuple[int, ...]) -> ir.TensorProtocol:
         module, leaf = name.rsplit(".", 1)
         return ir.tensor(getattr(model.get_submodule(module), leaf).detach().numpy(), name=name)
 
-    return model, _trace(request, mode, modules, weight), plan
+    return model, trace._trace(request, mode, modules, weight), plan
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -30,8 +30,10 @@ def test_the_residual_rotation_is_its_matrix_and_spreads_outliers(width: int) ->
     rotation = residual_rotation(width, seed=3)
     assert rotation.left is not None
     assert rotation.signs is not None
-    dense = np.diag(rotation.signs) @ np.kron(rotation.left, rotation.right)
-    np.testing.assert_allclose(dense @ dense.T, np.eye(width), atol=1e-12)
+    dense = rotation.signs[:, None] * np.kron(rotation.left, rotation.right)
+    # Orthogonal: nothing else brings random vectors back.
+    probes = np.random.default_rng(1).standard_normal((width, 8))
+    np.testing.assert_allclose(dense @ (dense.T @ probes), probes, atol=1e-12)
     vectors = np.random.default_rng(0).standard_normal((3, width))
     np.testing.assert_allclose(rotation.apply(vectors), vectors @ dense, atol=1e-12)
     np.testing.assert_allclose(rotation.undo(vectors), vectors @ dense.T, atol=1e-12)

@@ -14,8 +14,7 @@ import onnx_ir as ir
 
 from qavp_export.families import FAMILIES, Plan
 from qavp_export.passes import FoldWeightTransposes
-from qavp_export.tracing import build_skeleton
-from qavp_export.tracing.trace import _decoder_request, _trace
+from qavp_export.tracing import build_skeleton, trace
 from tests.models.tiny import TinySpec, _config
 from tests.passes.graphs import graph, session
 
@@ -49,8 +48,8 @@ def trace_decoder(spec: TinySpec, changes: Mapping[str, Any] | None = None) -> t
     skeleton, mode = build_skeleton(config)
     modules = {id(module): name for name, module in skeleton.named_modules()}
     with mode:
-        request = _decoder_request(family.decoder(skeleton), plan, family.decoder_inputs(plan))
-    model = _trace(request, mode, modules, random_weight)
+        request = trace._decoder_request(family.decoder(skeleton), plan, family.decoder_inputs(plan))
+    model = trace._trace(request, mode, modules, random_weight)
     FoldWeightTransposes()(model)
     return model, plan
 
