@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from qavp_export.errors import InputError
-from qavp_export.statistics import bootstrap_interval, mcnemar, mean, paired_bootstrap, percentile, ratio_interval
+from qavp_export.statistics import (
+    best_of_p,
+    bootstrap_interval,
+    mcnemar,
+    mean,
+    paired_bootstrap,
+    percentile,
+    ratio_interval,
+)
 
 
 def test_interval_of_two_values_is_that_of_their_four_resamples() -> None:
@@ -86,6 +94,49 @@ def test_p_of_thousands_of_differences() -> None:
 
 
 @pytest.mark.parametrize(
+    ("gains", "p"),
+    [
+        # Of 32 flips only the one that flips nothing has a sum of 5.
+        ([[1, 1, 1, 1, 1]], [1 / 32]),
+        # Sums of 3 and more: no flip, or one of five.
+        ([[2, 2, 2, 2, -2]], [6 / 32]),
+        # The second candidate reaches 5 with one more flip. 3 and more: at most one sign differs from +++++, or from
+        # ++++-, which is one flip away: 6 + 6 - 2.
+        ([[1, 1, 1, 1, 1], [3, 3, 3, 3, -3]], [2 / 32, 10 / 32]),
+        # The same candidate twice is one; what equals the baseline is reached by all flips.
+        ([[1, 1, 1, 1, 1], [7, 7, 7, 7, 7], [0, 0, 0, 0, 0]], [1 / 32, 1 / 32, 1]),
+        # No flip has a smaller sum.
+        ([[-1, -1, -1]], [1]),
+        ([[4]], [1 / 2]),
+        # 9 is reached by 9 and 11, and not by -9 and -11.
+        ([[10, -1]], [2 / 4]),
+    ],
+)
+def test_p_of_the_best_of_several_counts_flips(gains: list[list[float]], p: list[float]) -> None:
+    np.testing.assert_array_equal(best_of_p(gains, 0), p)
+
+
+def test_p_of_drawn_flips() -> None:
+    # 40 equal gains, 26 of them positive: a fair coin falls so 26 times or more with this chance.
+    p = sum(math.comb(40, heads) for heads in range(26, 41)) / 2**40
+    found = best_of_p([[1.0] * 26 + [-1.0] * 14], 0)[0]
+    # 8,192 flips: the standard error is 0.0021.
+    assert found == pytest.approx(p, abs=0.009)
+    assert best_of_p([[1.0] * 26 + [-1.0] * 14], 0)[0] == found
+    # What no drawn flip reaches is reached by what was measured.
+    assert best_of_p([[1.0] * 40], 0)[0] == 1 / 8192
+
+
+def test_the_best_of_many_that_differ_by_chance_is_rarely_significant() -> None:
+    rng = np.random.default_rng(6)
+    # 12 candidates, 10 images, no difference: one candidate alone would pass its own test in 5 of 100 cases.
+    smallest = [best_of_p(rng.standard_normal((12, 10)), 0).min() for _ in range(400)]
+    share = np.mean(np.array(smallest) <= 0.05)
+    # Exact at 0.05 but for ties; the standard error of 400 is 0.011.
+    assert 0.017 <= share <= 0.083
+
+
+@pytest.mark.parametrize(
     ("call", "match"),
     [
         (lambda: bootstrap_interval([], mean, 0), "list of values"),
@@ -96,6 +147,9 @@ def test_p_of_thousands_of_differences() -> None:
         (lambda: paired_bootstrap([1, 2], [1], 0), "2 and 1"),
         (lambda: ratio_interval([1, 2], [0, 1], 0), "above 0"),
         (lambda: ratio_interval([1, 2], [1], 0, paired=True), "2 and 1"),
+        (lambda: best_of_p([1, 2], 0), r"a table of gains, not shape \[2\]"),
+        (lambda: best_of_p(np.ones((0, 3)), 0), r"a table of gains, not shape \[0, 3\]"),
+        (lambda: best_of_p([[1, math.inf]], 0), "infinity"),
         (lambda: mcnemar([0.5], [1]), "0 and 1"),
         (lambda: mcnemar([1, 1], [1]), "2 and 1"),
     ],

@@ -38,12 +38,16 @@ from qavp_export.numerics.divergence import kl_divergence, log_probabilities
 from qavp_export.numerics.score import PAPER_ALPHA, PAPER_OUTLIER_WEIGHT
 from qavp_export.numerics.select import Select
 from qavp_export.passes import realized_precision
+from qavp_export.statistics import best_of_p
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
 FIT_PROMPTS = 32
 """Most prompts that the weights are chosen on: the first of those that are drawn."""
+
+CHANCE = 0.05
+"""How often other weights than the paper's may be chosen where they are no better."""
 
 PAPER = ScoreWeights(PAPER_ALPHA, PAPER_OUTLIER_WEIGHT)
 
@@ -70,7 +74,7 @@ class AlphaFit:
 
     @property
     def chosen(self) -> ScoreWeights:
-        """The candidate of the lowest mean divergence; the paper's, unless that is beyond the standard error better."""
+        """The candidate of the lowest mean divergence; the paper's, unless that is better beyond chance."""
         return choose(CANDIDATES, self.kl)
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,8 +93,9 @@ class AlphaFit:
 def choose(candidates: Sequence[ScoreWeights], kl: Floats) -> ScoreWeights:
     """Chooses between candidates that were measured on the same images.
 
-    The lowest mean divergence wins; of equals, the nearest to the paper's weights. The paper's themselves stay unless
-    the winner is better by more than the standard error of the difference, image by image; one image tells none.
+    The lowest mean divergence wins; of equals, the nearest to the paper's weights. But among many candidates one looks
+    better by chance. So the paper's themselves stay unless chance gives the best of all candidates a lead like the
+    winner's, image by image, in at most 5 of 100 cases (`best_of_p`). Fewer than 5 images never tell.
 
     Args:
         candidates: The candidates, the paper's weights among them.
@@ -104,12 +109,8 @@ def choose(candidates: Sequence[ScoreWeights], kl: Floats) -> ScoreWeights:
         return means[index], away, weights.alpha, weights.outlier_weight
 
     best = min(range(len(candidates)), key=rank)
-    images = kl.shape[1]
-    if images < 2:
-        return PAPER
-    gained = kl[candidates.index(PAPER)] - kl[best]
-    error = gained.std(ddof=1) / np.sqrt(images)
-    return candidates[best] if gained.mean() > error else PAPER
+    chance = best_of_p(kl[candidates.index(PAPER)] - kl, seed=0)[best]
+    return candidates[best] if chance <= CHANCE else PAPER
 
 
 def fit_alpha(
