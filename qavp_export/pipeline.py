@@ -12,19 +12,19 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qavp_export.bundle import BundleWriter, describe_component
-from qavp_export.calibration import CalibrationSet, demo_calibration, read_calibration
+from qavp_export.calibration import CalibrationSet
 from qavp_export.calibration.alpha import FIT_PROMPTS, fit_alpha
 from qavp_export.calibration.prompts import embed_prompts, embed_text
-from qavp_export.description import describe, versions
+from qavp_export.description import describe
 from qavp_export.engines import TOKEN_TYPES
 from qavp_export.engines.ort.lowering.build import build_engines
-from qavp_export.engines.tensorrt.build import build_tensorrt_engines, check_targets
+from qavp_export.engines.tensorrt.build import build_tensorrt_engines
 from qavp_export.engines.tensorrt.targets import EngineTargets
-from qavp_export.errors import ParityError, RecipeError
+from qavp_export.errors import ParityError
+from qavp_export.job import Job, open_job
 from qavp_export.manifest import Manifest
 from qavp_export.parity import Exported, Parity, check_parity
 from qavp_export.passes import (
-    NVFP4,
     FoldWeightTransposes,
     KeepAllTokens,
     PruneVisionTokens,
@@ -33,10 +33,10 @@ from qavp_export.passes import (
     set_score_weights,
 )
 from qavp_export.quantization import Calibration, Quantization, quantize
-from qavp_export.recipe import Recipe, check_clip
-from qavp_export.settings import Settings, settle
-from qavp_export.source import Source, open_source
-from qavp_export.text_tower import TOKENIZER_FOLDER, check_tower, open_text_tower
+from qavp_export.recipe import Recipe
+from qavp_export.settings import Settings
+from qavp_export.source import Source
+from qavp_export.text_tower import TOKENIZER_FOLDER, check_tower
 from qavp_export.tracing import PARAMETER, build_clip_skeleton, build_skeleton, trace_components
 from qavp_export.weights import CheckpointWeights, JoinedWeights
 
@@ -83,59 +83,63 @@ def export(
     Raises:
         QavpError: Bad input, an unavailable target, a failed parity check; see the subclasses.
     """
-    check_clip(recipe, given=clip is not None)
-    source = open_source(folder, name)
-    settings = settle(recipe, source.family, source.plan)
-    if clip is not None and settings.reads_question:
-        source = dataclasses.replace(source, text_tower=open_text_tower(*clip, source.config))
-    targets = targets or EngineTargets()
-    check_targets(targets, asked_precisions(recipe), source.plan.context_length, settings.tokens_kept)
-    drawn = draw_prompts(recipe, calibration_data)
-    identity = identify(source, settings, drawn)
-    with BundleWriter(target, force=force, resume=resume, identity=identity) as writer:
-        writer.copy(source.checkpoint.extra_files())
-        if source.text_tower is not None:
-            writer.copy(source.text_tower.files(), TOKENIZER_FOLDER)
-        graphs, weights = trace(source, _stage(progress, "trace"))
+    job = open_job(folder, name, recipe, targets or EngineTargets(), clip, calibration_data)
+    with BundleWriter(target, force=force, resume=resume, identity=job.identity()) as writer:
+        copy_files(job.source, writer)
+        graphs, weights = trace(job.source, _stage(progress, "trace"))
         progress("prune", 0, 1)
-        prune(graphs, settings)
-        manifest = describe(source, settings)
+        prune(graphs, job.settings)
+        manifest = describe(job.source, job.settings)
         for component in ("vision_encoder", "embedding"):
             _store_half(graphs[component], weights)
             stage = _stage(progress, f"write {component}")
             manifest.components[component] = writer.write_graph(component, graphs[component], stage)
-        quantized = quantize_decoder(graphs["decoder"], source, settings, drawn, manifest, writer, progress)
+        quantized = quantize_decoder(graphs["decoder"], job, manifest, writer, progress)
         _store_half(graphs["decoder"], weights, quantized.rotated())
-        file = writer.open_graph("decoder", graphs["decoder"])
-        quantized.calibrate(file)
-        file.finish(_stage(progress, "write decoder"))
-        manifest.components["decoder"] = describe_component("decoder", graphs["decoder"])
-        settings, manifest = fit_score(graphs["vision_encoder"], settings, drawn, manifest, writer, progress)
-        manifest = _with_results(manifest, graphs, quantized, weights, drawn)
+        write_decoder(graphs["decoder"], quantized, manifest, writer, _stage(progress, "write decoder"))
+        job, manifest = fit_score(graphs["vision_encoder"], job, manifest, writer, progress)
+        manifest = _with_results(manifest, graphs, quantized, weights, job.drawn)
         progress("lower", 0, 1)
         manifest = dataclasses.replace(manifest, engines=build_engines(writer.folder, manifest))
-        parity = compare(source, settings, writer, manifest, quantized, progress)
-        engines = build_tensorrt_engines(writer.folder, manifest, targets, writer.work, progress)
+        parity = compare(job, writer, manifest, quantized, progress)
+        engines = build_tensorrt_engines(writer.folder, manifest, job.targets, writer.work, progress)
         manifest = dataclasses.replace(manifest, engines=manifest.engines | engines)
         progress("finish", 0, 1)
         return writer.commit(dataclasses.replace(manifest, parity=parity.to_dict()))
 
 
-def fit_score(
-    vision: ir.Model,
-    settings: Settings,
-    drawn: CalibrationSet | None,
+def copy_files(source: Source, writer: BundleWriter) -> None:
+    """Copies what a bundle takes from its checkpoint as it is: tokenizer, processor and their like."""
+    writer.copy(source.checkpoint.extra_files())
+    if source.text_tower is not None:
+        writer.copy(source.text_tower.files(), TOKENIZER_FOLDER)
+
+
+def write_decoder(
+    decoder: ir.Model,
+    quantized: Quantization,
     manifest: Manifest,
     writer: BundleWriter,
-    progress: Progress,
-) -> tuple[Settings, Manifest]:
+    progress: Callable[[int, int], None],
+) -> None:
+    """Writes the decoder, its calibrated weights as they are found, and describes it in the manifest."""
+    file = writer.open_graph("decoder", decoder)
+    quantized.calibrate(file)
+    file.finish(progress)
+    manifest.components["decoder"] = describe_component("decoder", decoder)
+
+
+def fit_score(
+    vision: ir.Model, job: Job, manifest: Manifest, writer: BundleWriter, progress: Progress
+) -> tuple[Job, Manifest]:
     """Chooses the score's weights, if the recipe says so, and writes the vision encoder with them.
 
     That takes the finished decoder. So the vision encoder is written first with the paper's weights: what GPTQ
     calibrates on are the tokens that those keep.
     """
+    settings, drawn = job.settings, job.drawn
     if not settings.recipe.fits_alpha or drawn is None:
-        return settings, manifest
+        return job, manifest
     fit = fit_alpha(
         writer.folder,
         manifest,
@@ -149,33 +153,22 @@ def fit_score(
     settings = dataclasses.replace(settings, **chosen)
     set_score_weights(vision, **chosen)
     writer.update_graph("vision_encoder", vision)
-    return settings, dataclasses.replace(manifest, recipe=settings.resolved(), alpha_fit=fit.to_dict())
+    job = dataclasses.replace(job, settings=settings)
+    return job, dataclasses.replace(manifest, recipe=settings.resolved(), alpha_fit=fit.to_dict())
 
 
-def asked_precisions(recipe: Recipe) -> set[str]:
-    """Returns what a recipe lets the decoder's layers run in."""
-    decoder = NVFP4 if recipe.format == NVFP4 else recipe.decoder
-    return {decoder, recipe.lm_head, *recipe.keep_precision.values()}
-
-
-def compare(
-    source: Source,
-    settings: Settings,
-    writer: BundleWriter,
-    manifest: Manifest,
-    quantized: Quantization,
-    progress: Progress,
-) -> Parity:
+def compare(job: Job, writer: BundleWriter, manifest: Manifest, quantized: Quantization, progress: Progress) -> Parity:
     """Compares the bundle's graphs with PyTorch.
 
     Raises:
         ParityError: They differ.
     """
+    source = job.source
     exported = Exported(
         source.checkpoint,
         source.family,
         source.plan,
-        settings,
+        job.settings,
         writer.folder,
         manifest,
         quantized.layers,
@@ -189,56 +182,19 @@ def compare(
     return parity
 
 
-def identify(source: Source, settings: Settings, drawn: CalibrationSet | None) -> dict[str, Any]:
-    """Returns what an export can only be resumed with: checkpoint, recipe, calibration data and versions."""
-    tower = source.text_tower
-    return {
-        "checkpoint": source.checkpoint.fingerprint(),
-        "clip": None if tower is None else tower.checkpoint.fingerprint(),
-        # What is still to be chosen is not what a number says.
-        "recipe": settings.resolved() | {"alpha": settings.recipe.alpha},
-        "calibration": None if drawn is None else drawn.describe(),
-        "version": versions(),
-    }
-
-
 def quantize_decoder(
-    decoder: ir.Model,
-    source: Source,
-    settings: Settings,
-    drawn: CalibrationSet | None,
-    manifest: Manifest,
-    writer: BundleWriter,
-    progress: Progress,
+    decoder: ir.Model, job: Job, manifest: Manifest, writer: BundleWriter, progress: Progress
 ) -> Quantization:
     """Places the decoder's quantizers, in place; calibration runs the graphs that the bundle holds so far."""
     typed = any(value.name == TOKEN_TYPES for value in decoder.graph.inputs)
-    calibrating = drawn if settings.recipe.calibrates_decoder else None
+    recipe = job.settings.recipe
+    calibrating = job.drawn if recipe.calibrates_decoder else None
     prompts = embed(calibrating, writer, manifest, progress, token_types=typed)
     opened = {}
-    if settings.recipe.algorithm == "sink":
-        opened = embed_text(writer.folder, manifest, openings(source, settings.recipe), token_types=typed)
+    if recipe.algorithm == "sink":
+        opened = embed_text(writer.folder, manifest, openings(job.source, recipe), token_types=typed)
     calibration = Calibration(prompts, opened, writer.work, writer.journal.section("calibration"), progress)
-    return quantize(decoder, settings, calibration, writer.journal.section("weight_error"))
-
-
-def draw_prompts(recipe: Recipe, data: Path | None) -> CalibrationSet | None:
-    """Draws the calibration prompts that a recipe needs; None if it needs none.
-
-    Raises:
-        CalibrationError: The data are missing or malformed.
-        RecipeError: Data were given to a recipe that does not read them.
-    """
-    if not recipe.needs_calibration:
-        if data is not None:
-            raise RecipeError(
-                f"recipe {recipe.name} reads no calibration data; leave --calibration out, or use gptq or --alpha auto"
-            )
-        return None
-    samples = recipe.calibration_samples if recipe.calibrates_decoder else min(recipe.calibration_samples, FIT_PROMPTS)
-    if data is None:
-        return demo_calibration(samples, recipe.seed)
-    return read_calibration(data, samples, recipe.seed)
+    return quantize(decoder, job.settings, calibration, writer.journal.section("weight_error"))
 
 
 def embed(

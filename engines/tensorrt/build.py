@@ -24,12 +24,12 @@ from qavp_export.engines.tensorrt.keys import (
     GraphKeys,
     engine_folder,
 )
-from qavp_export.engines.tensorrt.lowering.capabilities import CACHE_UPDATE, capabilities_of
+from qavp_export.engines.tensorrt.lowering.capabilities import CACHE_UPDATE, Capabilities, capabilities_of
 from qavp_export.engines.tensorrt.lowering.decoder import lower_decoder
 from qavp_export.engines.tensorrt.lowering.embedding import lower_embedding
 from qavp_export.engines.tensorrt.lowering.network import LoweredNetwork
 from qavp_export.engines.tensorrt.lowering.vision import lower_vision
-from qavp_export.engines.tensorrt.process import BrokenDownError, run_worker
+from qavp_export.engines.tensorrt.process import run_worker
 from qavp_export.engines.tensorrt.profiles import (
     KEEP_TOKENS,
     Profile,
@@ -43,7 +43,6 @@ from qavp_export.engines.tensorrt.targets import EngineTargets, check_formats
 from qavp_export.engines.tensorrt.worker import Report, Request
 from qavp_export.errors import QavpError
 from qavp_export.manifest import Manifest
-from qavp_export.passes.select_diverse import SELECT_DIVERSE
 from qavp_export.runtime.processors import load_processor
 
 # (graph, steps done, steps in all)
@@ -54,9 +53,47 @@ _TIMING_CACHE = "timing.cache"
 _ROUNDED_FLOATS = ("w4a4", "w4a8", "w8a8")
 
 
+@dataclass(frozen=True)
+class Builder:
+    """A library that builds engines here.
+
+    Attributes:
+        flavour: One of `FLAVOURS`.
+        version: Version of the library.
+        gpus: Compute capabilities that it builds for.
+        network: What a network for it may hold.
+    """
+
+    flavour: str
+    version: str
+    gpus: tuple[int, ...]
+    network: Capabilities
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what is known of the engines before they are built, as JSON values; keys as in the manifest."""
+        return {"version": self.version, "capabilities": list(self.gpus)}
+
+
+@dataclass(frozen=True)
+class CheckedTargets:
+    """What is built, and what builds it, as `check_targets` has found it.
+
+    Attributes:
+        targets: What is built.
+        builders: One for each flavour.
+    """
+
+    targets: EngineTargets
+    builders: tuple[Builder, ...]
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Returns what is known of the engines before they are built, by flavour, as JSON values."""
+        return {builder.flavour: builder.describe() for builder in self.builders}
+
+
 def check_targets(
     targets: EngineTargets, precisions: Collection[str], context_length: int, tokens_kept: int | None
-) -> None:
+) -> CheckedTargets:
     """Checks that engines can be built here, and that what they hold runs there, before anything else is done.
 
     Args:
@@ -64,6 +101,9 @@ def check_targets(
         precisions: What the decoder's layers are to run in: `w4a4`, `nvfp4`, ...
         context_length: Most tokens of a sequence.
         tokens_kept: Tokens of a unit that survive (k); None if they vary.
+
+    Returns:
+        The targets, with the libraries that were found for them.
 
     Raises:
         InputError: A setting is out of range.
@@ -73,22 +113,29 @@ def check_targets(
     settle_profiles(targets, context_length, tokens_kept)
     if targets.capability_report:
         check_report()
+    builders: list[Builder] = []
     for flavour in targets.flavours:
-        with tempfile.TemporaryDirectory(prefix="qavp-") as work:
-            found = run_worker(Request(flavour, report=""), Path(work))
-        capabilities_of(flavour, found.version)
-        check_formats(precisions, targets.capabilities if found.capability is None else (found.capability,))
+        builders.append(_find_builder(flavour, targets))
+        check_formats(precisions, builders[-1].gpus)
+    return CheckedTargets(targets, tuple(builders))
+
+
+def _find_builder(flavour: str, targets: EngineTargets) -> Builder:
+    with tempfile.TemporaryDirectory(prefix="qavp-") as work:
+        found = run_worker(Request(flavour, report=""), Path(work))
+    gpus = targets.capabilities if found.capability is None else (found.capability,)
+    return Builder(flavour, found.version, gpus, capabilities_of(flavour, found.version))
 
 
 def build_tensorrt_engines(
-    bundle: Path, manifest: Manifest, targets: EngineTargets, work: Path, progress: Progress
+    bundle: Path, manifest: Manifest, checked: CheckedTargets, work: Path, progress: Progress
 ) -> dict[str, Any]:
     """Builds engines of a bundle's graphs.
 
     Args:
         bundle: The bundle's folder, with the canonical graphs and their weights; takes `engines/<flavour>`.
         manifest: The bundle's manifest.
-        targets: What is built.
+        checked: What is built, as `check_targets` returns it.
         work: A folder for what is needed meanwhile.
         progress: Called as the builders go on.
 
@@ -100,7 +147,11 @@ def build_tensorrt_engines(
         UnavailableError: The library or a GPU is not there.
         QavpError: A graph was not parsed or built, or a layer runs in another precision than its types say.
     """
-    return {flavour: _Flavour(bundle, manifest, targets, work, flavour).build(progress) for flavour in targets.flavours}
+    targets = checked.targets
+    return {
+        builder.flavour: _Flavour(bundle, manifest, targets, work, builder).build(progress)
+        for builder in checked.builders
+    }
 
 
 @dataclass(frozen=True)
@@ -115,15 +166,16 @@ class _Built:
 class _Flavour:
     """Builds the engines of one flavour."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, targets: EngineTargets, work: Path, flavour: str) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, targets: EngineTargets, work: Path, builder: Builder) -> None:
         self._bundle = bundle
         self._manifest = manifest
         self._targets = targets
         self._work = work
-        self._flavour = flavour
-        self._folder = bundle / engine_folder(flavour)
+        self._flavour = builder.flavour
+        self._folder = bundle / engine_folder(builder.flavour)
         self._profiles = settle_profiles(targets, manifest.decoder.context_length, manifest.vision_tokens.after)
-        self._capabilities = capabilities_of(flavour, run_worker(Request(flavour, report=""), work).version)
+        self._gpus = builder.gpus
+        self._capabilities = builder.network
 
     def build(self, progress: Progress) -> dict[str, Any]:
         """Builds all graphs, one at a time, and writes the keys."""
@@ -145,7 +197,7 @@ class _Flavour:
         keys = EngineKeys(
             flavour=self._flavour,
             version=report.version,
-            capabilities=self._targets.capabilities if report.capability is None else (report.capability,),
+            capabilities=self._gpus,
             driver=report.driver,
             profiles=self._profiles,
             cache=IN_PLACE if CACHE_UPDATE in self._capabilities.operators else ALTERNATING,
@@ -196,10 +248,7 @@ class _Flavour:
         try:
             report = run_worker(request, self._work, progress)
         except QavpError as error:
-            # TensorRT-RTX 1.7 does on LLaVA-OneVision's vision encoder: a diverse selection behind pooled tokens.
-            diverse = any(function.name == SELECT_DIVERSE for function in network.model.functions.values())
-            advice = "; try --select topk" if diverse and isinstance(error, BrokenDownError) else ""
-            raise type(error)(f"{self._flavour}, {name.replace('_', ' ')}: {error}{advice}") from error
+            raise type(error)(f"{self._flavour}, {name.replace('_', ' ')}: {error}") from error
         if self._targets.capability_report:
             write_report(model, self._folder / f"{name}.capability.txt", self._flavour)
         for path in (model, weights):

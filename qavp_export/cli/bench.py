@@ -4,36 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qavp_export.cli.bench_options import (
-    AccuracyOption,
-    BundlesArgument,
-    CsvOption,
-    DataOption,
-    DebugOption,
-    DurationOption,
-    EnginesOption,
-    ImageOption,
-    JsonOption,
-    KeepOption,
-    LoadOption,
-    ModelOption,
-    PromptOption,
-    QuestionsOption,
-    RecipeOption,
-    RepeatsOption,
-    ReportOption,
-    SweepOption,
-    ThreadsOption,
-    TokensOption,
-    WarmupOption,
-    WorkOption,
-)
-from qavp_export.cli.common import run_command
+from qavp_export.cli.bench_options import BenchOptions
+from qavp_export.cli.common import run_command, with_options
 from qavp_export.errors import InputError, QavpError
 
 if TYPE_CHECKING:
@@ -57,56 +33,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @app.command(epilog=_EPILOG)
-def bench_command(
-    bundle: BundlesArgument = None,
-    engines: EnginesOption = "ort-cpu,ort-cuda,tensorrt,tensorrt-rtx",
-    image: ImageOption = None,
-    prompt: PromptOption = None,
-    tokens: TokensOption = 32,
-    keep: KeepOption = None,
-    warmup: WarmupOption = 2,
-    repeats: RepeatsOption = 20,
-    threads: ThreadsOption = None,
-    load: LoadOption = 0,
-    duration: DurationOption = 30.0,
-    sweep: SweepOption = None,
-    model: ModelOption = None,
-    recipe: RecipeOption = "rotate",
-    work: WorkOption = Path("qavp-bench-work"),
-    accuracy: AccuracyOption = None,
-    data: DataOption = None,
-    questions: QuestionsOption = 200,
-    json_file: JsonOption = None,
-    csv_file: CsvOption = None,
-    report: ReportOption = None,
-    debug: DebugOption = False,
-) -> None:
+@with_options(BenchOptions)
+def bench_command(options: BenchOptions) -> None:
     """Compare bundles and engines on the same images and questions: time by stage, memory, size.
 
     Ratios are against the first bundle and engine that run here.
     """
-    del debug  # read by run_command
     # Here and not above: they bring torch, and --help should be quick.
     from qavp_export.bench.comparison import Plan
     from qavp_export.bench.inputs import Judges, Outputs, Sweep, make_entries, make_requests, parse_engines
     from qavp_export.cli.report import ProgressBars
     from qavp_export.evaluate.datasets import load_dataset
 
-    names = parse_engines(engines)
-    outputs = Outputs(json_file, csv_file, report)
+    names = parse_engines(options.engines)
+    outputs = Outputs(options.json_file, options.csv_file, options.report)
     outputs.check()
-    if accuracy is not None and data is not None:
+    if options.accuracy is not None and options.data is not None:
         raise InputError("--accuracy and --data are two sources of one figure; give one")
-    judges = Judges(accuracy, None if data is None else load_dataset(data, None, questions, 0))
-    requests = make_requests(image, prompt, tokens, keep)
-    bundles = [(path.resolve().name, path) for path in bundle or []]
+    asked = None if options.data is None else load_dataset(options.data, None, options.questions, 0)
+    judges = Judges(options.accuracy, asked)
+    requests = make_requests(options.image, options.prompt, options.tokens, options.keep)
+    bundles = [(path.resolve().name, path) for path in options.bundle or []]
     with ProgressBars(enabled=True) as bars:
-        if sweep is not None and model is not None:
-            bundles += Sweep(sweep, model, recipe, work).bundles(names, bars.update)
-        elif sweep is not None or model is not None:
+        if options.sweep is not None and options.model is not None:
+            sweep = Sweep(options.sweep, options.model, options.recipe, options.work)
+            bundles += sweep.bundles(names, bars.update)
+        elif options.sweep is not None or options.model is not None:
             raise InputError("--sweep and --model go together: what is exported, and from which checkpoint")
-        plan = Plan(make_entries(bundles, names), requests, warmup, repeats, load, duration)
-        comparison, summary = _measure(plan, threads, judges, bars)
+        plan = Plan(
+            make_entries(bundles, names),
+            requests,
+            options.warmup,
+            options.repeats,
+            options.load,
+            options.duration,
+        )
+        comparison, summary = _measure(plan, options.threads, judges, bars)
     _show(comparison, summary, outputs)
 
 

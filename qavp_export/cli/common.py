@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import typer
 
 from qavp_export.errors import QavpError
+
+Options = TypeVar("Options")
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -27,6 +31,29 @@ class _Terminated(KeyboardInterrupt):
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
     raise _Terminated
+
+
+def with_options(
+    options: Callable[..., Options],
+) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Makes a command, which typer reads options from, of a function that takes all of them as one object.
+
+    Args:
+        options: A dataclass with a field for each option, annotated as typer asks.
+    """
+
+    def decorate(function: Callable[[Options], None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(**values: Any) -> None:
+            function(options(**values))
+
+        signature = inspect.signature(options, eval_str=True)
+        # typer builds a command from what these two say.
+        command.__signature__ = signature.replace(return_annotation=None)  # type: ignore[attr-defined]
+        command.__annotations__ = {name: value.annotation for name, value in signature.parameters.items()}
+        return command
+
+    return decorate
 
 
 def run_command(app: typer.Typer, prog: str, argv: Sequence[str] | None = None) -> int:

@@ -10,36 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qavp_export.cli.common import run_command
-from qavp_export.cli.evaluate_options import (
-    ArmOption,
-    ArmsOption,
-    BaselineOption,
-    BatchOption,
-    ClipOption,
-    DataOption,
-    DebugOption,
-    EngineOption,
-    FidelityOption,
-    ImagesOption,
-    JsonOption,
-    KeepOption,
-    ListArmsOption,
-    MaxNewTokensOption,
-    ModelOption,
-    OfflineOption,
-    PrecisionFallbackOption,
-    PromptOption,
-    QuestionsOption,
-    QuietOption,
-    RecipeOption,
-    RevisionOption,
-    SeedOption,
-    SmOption,
-    SuffixOption,
-    ThreadsOption,
-    WorkOption,
-)
+from qavp_export.cli.common import run_command, with_options
+from qavp_export.cli.evaluate_options import EvaluateOptions
 from qavp_export.engines import EngineOptions
 from qavp_export.errors import InputError
 
@@ -66,62 +38,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @app.command(epilog=_EPILOG)
-def evaluate_command(
-    model: ModelOption = "",
-    data: DataOption = None,
-    arms: ArmsOption = None,
-    arm: ArmOption = None,
-    list_arms: ListArmsOption = False,
-    baseline: BaselineOption = None,
-    keep: KeepOption = 0.125,
-    recipe: RecipeOption = "rotate",
-    clip: ClipOption = None,
-    questions: QuestionsOption = None,
-    seed: SeedOption = 0,
-    fidelity: FidelityOption = False,
-    images: ImagesOption = None,
-    prompt: PromptOption = "Describe the image.",
-    suffix: SuffixOption = "",
-    max_new_tokens: MaxNewTokensOption = 16,
-    batch: BatchOption = 20,
-    engine: EngineOption = "ort-cpu",
-    sm: SmOption = None,
-    allow_precision_fallback: PrecisionFallbackOption = False,
-    threads: ThreadsOption = None,
-    work: WorkOption = Path("eval_bundles"),
-    json_file: JsonOption = None,
-    revision: RevisionOption = None,
-    offline: OfflineOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
+@with_options(EvaluateOptions)
+def evaluate_command(options: EvaluateOptions) -> None:
     """Compare arms of one checkpoint (full precision, W4A4, pruned, random) on the same questions."""
-    del debug  # read by run_command
     from qavp_export.evaluate.arms import choose_arms
     from qavp_export.evaluate.run import Setup, leave_out
     from qavp_export.evaluate.targets import engine_targets, parse_capabilities
 
-    if list_arms:
+    if options.list_arms:
         _list_arms()
         return
-    if not model:
+    if not options.model:
         raise InputError("--model is missing; see qavp-eval --help")
-    chosen = choose_arms(_split(arms) or ([] if arm else ["paper"]), arm or [])
-    checkpoints = _Checkpoints(model, revision, clip, offline, quiet)
-    options = EngineOptions(threads=threads)
-    setup = Setup(recipe, keep, seed, engine, options, batch, max_new_tokens, checkpoints.clip_name)
-    targets = engine_targets(
-        engine, parse_capabilities(_split(sm)), batch, allow_precision_fallback=allow_precision_fallback
+    chosen = choose_arms(_split(options.arms) or ([] if options.arm else ["paper"]), options.arm or [])
+    checkpoints = _Checkpoints(options.model, options.revision, options.clip, options.offline, options.quiet)
+    setup = Setup(
+        options.recipe,
+        options.keep,
+        options.seed,
+        options.engine,
+        EngineOptions(threads=options.threads),
+        options.batch,
+        options.max_new_tokens,
+        checkpoints.clip_name,
     )
-    asked = _Asked.read(data, fidelity, images, prompt, suffix, questions, seed)
-    _check_writable(json_file)
-    bundles = checkpoints.open(work, targets)
+    targets = engine_targets(
+        options.engine,
+        parse_capabilities(_split(options.sm)),
+        options.batch,
+        allow_precision_fallback=options.allow_precision_fallback,
+    )
+    asked = _Asked.read(options)
+    _check_writable(options.json_file)
+    bundles = checkpoints.open(options.work, targets)
     chosen, left_out = leave_out(bundles, chosen, setup)
-    compared = _baseline(baseline, chosen)
+    compared = _baseline(options.baseline, chosen)
     _tell(left_out)
-    found = {"model": checkpoints.name, **_evaluate(bundles, chosen, setup, asked, quiet=quiet), "left_out": left_out}
-    if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    measured = _evaluate(bundles, chosen, setup, asked, quiet=options.quiet)
+    found = {"model": checkpoints.name, **measured, "left_out": left_out}
+    if options.json_file is not None:
+        options.json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     from qavp_export.evaluate.tables import print_report
 
     print_report(found, compared)
@@ -135,26 +91,24 @@ class _Asked:
     shown: Sequence[Item]
 
     @classmethod
-    def read(
-        cls,
-        spec: str | None,
-        fidelity: bool,
-        images: Path | None,
-        prompt: str,
-        suffix: str,
-        questions: int | None,
-        seed: int,
-    ) -> _Asked:
+    def read(cls, options: EvaluateOptions) -> _Asked:
+        """Reads what the options name.
+
+        Raises:
+            InputError: They name nothing, or what cannot be read.
+        """
         from qavp_export.evaluate.datasets import load_dataset
         from qavp_export.evaluate.fidelity import read_images
         from qavp_export.evaluate.run import with_suffix
 
-        if spec is not None:
-            data = with_suffix(load_dataset(spec, images, questions, seed), suffix)
-            return cls(data, data.items if fidelity else ())
-        if not fidelity or images is None:
+        if options.data is not None:
+            loaded = load_dataset(options.data, options.images, options.questions, options.seed)
+            data = with_suffix(loaded, options.suffix)
+            return cls(data, data.items if options.fidelity else ())
+        if not options.fidelity or options.images is None:
             raise InputError("there is nothing to ask: give --data NAME, or --fidelity --images DIR")
-        return cls(None, read_images(images, prompt + suffix, questions, seed))
+        prompt = options.prompt + options.suffix
+        return cls(None, read_images(options.images, prompt, options.questions, options.seed))
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +15,7 @@ import typer
 from rich.console import Console
 
 from qavp_export import plots
-from qavp_export.cli.common import run_command
+from qavp_export.cli.common import run_command, with_options
 from qavp_export.cli.report import print_summary, summary
 from qavp_export.engines import EngineOptions
 from qavp_export.errors import InputError
@@ -32,76 +34,85 @@ Example: qavp-inspect bundle --image photo.jpg --prompt "What is in the picture?
 app = typer.Typer(add_completion=False)
 
 
-@app.command(help=_HELP)
-def inspect(  # noqa: D103
-    bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that qavp-export wrote.")],
+@dataclass(frozen=True)
+class InspectOptions:
+    """A command line of `qavp-inspect`; what each option is, its help says."""
+
+    bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that qavp-export wrote.")]
     image: Annotated[
         Path | None, typer.Option("--image", metavar="FILE", help="Picture of this image's kept tokens and scores.")
-    ] = None,
+    ] = None
     prompt: Annotated[
         str | None, typer.Option("--prompt", metavar="TEXT", help="Also the answer to this question about the image.")
-    ] = None,
+    ] = None
     against: Annotated[
         Path | None,
         typer.Option("--against", metavar="DIR", help="Also the answer of this bundle, for example the dense one."),
-    ] = None,
+    ] = None
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
-    ] = None,
-    graph: Annotated[bool, typer.Option("--graph", help="Overview of the graphs: printed, or drawn with -o.")] = False,
+    ] = None
+    graph: Annotated[bool, typer.Option("--graph", help="Overview of the graphs: printed, or drawn with -o.")] = False
     numbers: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write what is shown as JSON: kept indices, scores.")
-    ] = None,
+    ] = None
     keep: Annotated[
         float | None, typer.Option(help="Share of vision tokens that survives, within the bundle's range.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template: the prompt holds one image token.")] = False,
-    engine: Annotated[str, typer.Option(help="What runs the bundles for answers.")] = "ort-cpu",
-    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
-) -> None:
-    _check(image, prompt, against, output, graph=graph, numbers=numbers)
-    options = EngineOptions(threads=threads)
-    if image is not None:
-        question = Question(prompt, not raw, keep, max_new_tokens)
-        seen = look(bundle, image, question, options)
-        answers = None
-        if prompt is not None:
-            # A share is for this bundle; the other keeps what it keeps.
-            other = Question(prompt, not raw, None, max_new_tokens)
-            before = None if against is None else ask(against, image, other, engine, options)
-            answers = Answers(prompt, ask(bundle, image, question, engine, options), before)
-        _show_selection(seen, answers, output, numbers)
-    elif graph:
-        _show_graph(bundle, output, numbers)
+    ] = None
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template: the prompt holds one image token.")] = False
+    engine: Annotated[str, typer.Option(help="What runs the bundles for answers.")] = "ort-cpu"
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None
+    # Read by run_command.
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
+
+    def question(self) -> Question:
+        """Returns what the bundle is asked."""
+        return Question(self.prompt, not self.raw, self.keep, self.max_new_tokens)
+
+
+@app.command(help=_HELP)
+@with_options(InspectOptions)
+def inspect(options: InspectOptions) -> None:  # noqa: D103
+    _check(options)
+    if options.image is not None:
+        engine_options = EngineOptions(threads=options.threads)
+        seen = look(options.bundle, options.image, options.question(), engine_options)
+        _show_selection(seen, _ask(options, options.image, engine_options), options.output, options.numbers)
+    elif options.graph:
+        _show_graph(options.bundle, options.output, options.numbers)
     else:
-        _show_summary(bundle, numbers)
+        _show_summary(options.bundle, options.numbers)
 
 
-def _check(
-    image: Path | None,
-    prompt: str | None,
-    against: Path | None,
-    output: Path | None,
-    *,
-    graph: bool,
-    numbers: Path | None,
-) -> None:
+def _check(options: InspectOptions) -> None:
     """Checks flags against one another before anything is loaded."""
-    if image is None and (prompt is not None or against is not None):
+    if options.image is None and (options.prompt is not None or options.against is not None):
         raise InputError("--prompt and --against are about an image; give --image FILE")
-    if against is not None and prompt is None:
+    if options.against is not None and options.prompt is None:
         raise InputError("--against compares answers; give --prompt TEXT")
-    if image is not None and graph:
+    if options.image is not None and options.graph:
         raise InputError("--image and --graph are two pictures; ask for one at a time")
-    if image is not None and output is None and numbers is None:
+    if options.image is not None and options.output is None and options.numbers is None:
         raise InputError("--image draws a picture; say where to with -o FILE.png, or --json FILE for the numbers alone")
-    if output is not None and image is None and not graph:
+    if options.output is not None and options.image is None and not options.graph:
         raise InputError("-o writes a picture; give --image FILE for one of the kept tokens, or --graph")
-    if output is not None:
-        plots.check_format(output)
+    if options.output is not None:
+        plots.check_format(options.output)
         plots.require_matplotlib("figure")
+
+
+def _ask(options: InspectOptions, image: Path, engine_options: EngineOptions) -> Answers | None:
+    """Asks the question, if there is one, of the bundle and of the one that it is compared with."""
+    if options.prompt is None:
+        return None
+    before = None
+    if options.against is not None:
+        # A share is for this bundle; the other keeps what it keeps.
+        question = dataclasses.replace(options.question(), keep=None)
+        before = ask(options.against, image, question, options.engine, engine_options)
+    here = ask(options.bundle, image, options.question(), options.engine, engine_options)
+    return Answers(options.prompt, here, before)
 
 
 def _show_selection(seen: Look, answers: Answers | None, output: Path | None, numbers: Path | None) -> None:

@@ -150,7 +150,7 @@ def _fit_line(fit: Mapping[str, Any]) -> str:
     divergences = {name: _divergence(fit, weights) for name, weights in (("chosen", chosen), ("paper", paper))}
     found = f"alpha {chosen['alpha']}, outlier weight {chosen['outlier_weight']} on {fit['images']} images"
     if chosen == paper:
-        return f"{found}, the paper's: none is better by more than the standard error"
+        return f"{found}, the paper's: none is better beyond chance"
     return (
         f"{found}: KL {divergences['chosen']:.3f} from all tokens, the paper's 0.5 and 0.5 {divergences['paper']:.3f}"
     )
@@ -167,12 +167,22 @@ def _engine_line(engine: Mapping[str, Any]) -> str:
         for graph, precisions in engine["precision"].items()
         if not graph.endswith(".unsigned")
     ]
-    built_for = ", ".join(f"{capability / 10:.1f}" for capability in engine.get("capabilities", ()))
-    return "; ".join([*([f"compute capability {built_for}"] if built_for else []), *runs, *engine["notes"]])
+    capabilities = engine.get("capabilities", ())
+    return "; ".join([*([_listed_capabilities(capabilities)] if capabilities else []), *runs, *engine["notes"]])
 
 
-def print_estimate(plan: Estimate, model: str) -> None:
-    """Prints the plan of a dry run."""
+def _listed_capabilities(capabilities: Sequence[int]) -> str:
+    return f"compute capability {', '.join(f'{capability / 10:.1f}' for capability in capabilities)}"
+
+
+def print_estimate(plan: Estimate, model: str, engines: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints the plan of a dry run.
+
+    Args:
+        plan: The estimate.
+        model: The model as the user named it.
+        engines: What is to be built beside the engines of ONNX Runtime: version and compute capabilities, by name.
+    """
     table = _facts_table(f"plan for {model} (nothing was written, no weight was read)")
     before, after = plan.vision_tokens_before, plan.vision_tokens_after
     table.add_row("vision tokens", _budget(before, after, plan.keep, plan.keep_range))
@@ -183,6 +193,10 @@ def print_estimate(plan: Estimate, model: str) -> None:
     table.add_row("parameters", f"{plan.parameters / 1e6:,.1f} M")
     table.add_row("size", f"{megabytes(plan.checkpoint_bytes)} -> about {megabytes(plan.bundle_bytes)}")
     table.add_row("peak memory", f"about {megabytes(plan.peak_memory_bytes)}")
+    for name, engine in engines.items():
+        built_by = f"to be built by version {engine['version']}"
+        built_for = _listed_capabilities(engine["capabilities"])
+        table.add_row(f"engine {name}", f"{built_by} for {built_for}; not counted in size and memory")
     Console().print(table)
 
 

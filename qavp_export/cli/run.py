@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qavp_export.cli.common import run_command
+from qavp_export.cli.common import run_command, with_options
 from qavp_export.engines import EngineOptions
 from qavp_export.runtime import Prepared, QavpModel, Sampling
 
@@ -23,6 +23,70 @@ Example: qavp-run bundle --image photo.jpg --prompt "What is in the picture?"
 """
 
 app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """A command line of `qavp-run`; what each option is, its help says."""
+
+    bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that qavp-export wrote.")]
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="The question.")]
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", metavar="FILE", help="An image; repeat for several.")
+    ] = None
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 256
+    temperature: Annotated[float, typer.Option(help="0: the most likely token each time.")] = 0.0
+    top_p: Annotated[float, typer.Option(help="Sample from the tokens that reach this probability.")] = 1.0
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.")] = 0
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
+    keep: Annotated[
+        float | None,
+        typer.Option(help="Share of vision tokens that survives, within the bundle's range; else its default."),
+    ] = None
+    engine: Annotated[
+        str, typer.Option(help="What runs the bundle: ort-cpu, ort-cuda, ort-reference, tensorrt or tensorrt-rtx.")
+    ] = "ort-cpu"
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None
+    vision: Annotated[
+        str | None, typer.Option(help="Vision tower of engine ort-cpu: w8a8 or fp32.", show_default="w8a8")
+    ] = None
+    cpu_memory: Annotated[
+        str, typer.Option(help="low: weights of engine ort-cpu stay packed for prompts too, which is slower.")
+    ] = "high"
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(help="Keys and values of engine ort-cpu: float32 or int8.", show_default="float32"),
+    ] = None
+    spinning: Annotated[
+        bool, typer.Option("--spinning/--no-spinning", help="Whether threads wait for work by spinning.")
+    ] = True
+    memory_arena: Annotated[
+        bool,
+        typer.Option("--memory-arena/--no-memory-arena", help="Whether memory for activations is kept between runs."),
+    ] = True
+    raw: Annotated[
+        bool, typer.Option("--raw", help="No chat template: the prompt holds one image token for each image.")
+    ] = False
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object with answer, tokens and timings in seconds.")
+    ] = False
+    # Read by run_command.
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
+
+    def sampling(self) -> Sampling:
+        """Returns how tokens are drawn."""
+        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+
+    def engine_options(self) -> EngineOptions:
+        """Returns how the engine opens the bundle."""
+        return EngineOptions(
+            threads=self.threads,
+            vision=self.vision,
+            cpu_memory=self.cpu_memory,
+            kv_cache=self.kv_cache,
+            spinning=self.spinning,
+            memory_arena=self.memory_arena,
+        )
 
 
 @dataclass
@@ -46,71 +110,21 @@ class _Answer:
 
 
 @app.command(help=_HELP)
-def run(  # noqa: D103
-    bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that qavp-export wrote.")],
-    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="The question.")],
-    image: Annotated[
-        list[Path] | None, typer.Option("--image", metavar="FILE", help="An image; repeat for several.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: the most likely token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the tokens that reach this probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.")] = 0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    keep: Annotated[
-        float | None,
-        typer.Option(help="Share of vision tokens that survives, within the bundle's range; else its default."),
-    ] = None,
-    engine: Annotated[
-        str, typer.Option(help="What runs the bundle: ort-cpu, ort-cuda, ort-reference, tensorrt or tensorrt-rtx.")
-    ] = "ort-cpu",
-    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
-    vision: Annotated[
-        str | None, typer.Option(help="Vision tower of engine ort-cpu: w8a8 or fp32.", show_default="w8a8")
-    ] = None,
-    cpu_memory: Annotated[
-        str, typer.Option(help="low: weights of engine ort-cpu stay packed for prompts too, which is slower.")
-    ] = "high",
-    kv_cache: Annotated[
-        str | None,
-        typer.Option(help="Keys and values of engine ort-cpu: float32 or int8.", show_default="float32"),
-    ] = None,
-    spinning: Annotated[
-        bool, typer.Option("--spinning/--no-spinning", help="Whether threads wait for work by spinning.")
-    ] = True,
-    memory_arena: Annotated[
-        bool,
-        typer.Option("--memory-arena/--no-memory-arena", help="Whether memory for activations is kept between runs."),
-    ] = True,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="No chat template: the prompt holds one image token for each image.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object with answer, tokens and timings in seconds.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
-) -> None:
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+@with_options(RunOptions)
+def run(options: RunOptions) -> None:  # noqa: D103
+    sampling = options.sampling()
     started = time.perf_counter()
-    options = EngineOptions(
-        threads=threads,
-        vision=vision,
-        cpu_memory=cpu_memory,
-        kv_cache=kv_cache,
-        spinning=spinning,
-        memory_arena=memory_arena,
-    )
-    model = QavpModel.from_bundle(bundle, engine, options)
+    model = QavpModel.from_bundle(options.bundle, options.engine, options.engine_options())
     load_seconds = time.perf_counter() - started
     answer = _Answer()
-    prepared = model.prepare(image, prompt, chat_template=not raw, keep=keep)
-    for piece in _pieces(model, model.generate_steps(prepared, sampling, max_new_tokens), answer):
+    prepared = model.prepare(options.image, options.prompt, chat_template=not options.raw, keep=options.keep)
+    for piece in _pieces(model, model.generate_steps(prepared, sampling, options.max_new_tokens), answer):
         answer.text += piece
-        if not as_json:
+        if not options.as_json:
             sys.stdout.write(piece)
             sys.stdout.flush()
-    if as_json:
-        sys.stdout.write(json.dumps(_result(answer, prepared, engine, load_seconds), ensure_ascii=False))
+    if options.as_json:
+        sys.stdout.write(json.dumps(_result(answer, prepared, options.engine, load_seconds), ensure_ascii=False))
     sys.stdout.write("\n")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from qavp_export import pipeline
 from qavp_export.engines.tensorrt.targets import EngineTargets
 from qavp_export.errors import BundleError
+from qavp_export.job import draw_prompts, identify
 from qavp_export.manifest import MANIFEST_NAME, Manifest
 from qavp_export.recipe import Recipe, check_clip
 from qavp_export.settings import choose_scorer, settle
@@ -71,7 +72,7 @@ class Bundles:
         source = self._source
         if settings.reads_question:
             source = dataclasses.replace(source, text_tower=self._tower)
-        identity = pipeline.identify(source, settings, pipeline.draw_prompts(recipe, None))
+        identity = identify(source, settings, draw_prompts(recipe, None))
         engines = None if self._targets is None else repr(self._targets)
         # Paths among the fields of a configuration are text; everything else is JSON already.
         text = json.dumps([identity, engines], sort_keys=True, default=str)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from qavp_export import pipeline
 from qavp_export.engines.tensorrt import build, process
 from qavp_export.engines.tensorrt.build import build_tensorrt_engines, check_targets
 from qavp_export.engines.tensorrt.inspector import mismatches, parse_json, parse_log, realized_precision
@@ -21,6 +22,7 @@ from qavp_export.engines.tensorrt.targets import EngineTargets, check_formats
 from qavp_export.engines.tensorrt.worker import Report, Request
 from qavp_export.errors import InputError, QavpError, UnavailableError
 from qavp_export.manifest import Manifest
+from qavp_export.parity import Parity
 from qavp_export.pipeline import export
 from qavp_export.recipe import make_recipe
 
@@ -177,24 +179,6 @@ def test_a_builder_that_breaks_down_is_one_line(worker: Callable[[str], None], t
         run_worker(Request(TENSORRT_RTX, ""), tmp_path)
 
 
-@pytest.mark.parametrize(("select", "advice"), [("dpp", "; try --select topk$"), ("topk", r"\(it said nothing\)$")])
-def test_a_builder_that_breaks_down_on_a_diverse_selection_is_told_of(
-    worker: Callable[[str], None], tiny_llava: Path, tmp_path: Path, select: str, advice: str
-) -> None:
-    bundle = tmp_path / "bundle"
-    recipe = make_recipe("none", {"select": select})
-    manifest = export(tiny_llava, recipe, bundle, name="tiny", force=False, progress=lambda *_: None)
-    worker(
-        "import json, os, pathlib, sys\n"
-        "request = json.loads(pathlib.Path(sys.argv[1]).read_text())\n"
-        "if request['model']: os._exit(9)\n"
-        "pathlib.Path(request['report']).write_text(json.dumps({'version': '1.7.0'}))"
-    )
-    targets = EngineTargets((TENSORRT_RTX,), (89,))
-    with pytest.raises(QavpError, match=rf"tensorrt-rtx, vision encoder: the process .* ended with 9 .*{advice}"):
-        build_tensorrt_engines(bundle, manifest, targets, tmp_path, lambda *_: None)
-
-
 def test_an_interrupted_build_leaves_no_process(worker: Callable[[str], None], tmp_path: Path) -> None:
     worker(
         "import os, pathlib, sys, time\n"
@@ -262,13 +246,30 @@ class FakeBuilder:
 
 def _build(bundle: Path, tmp_path: Path, fake: FakeBuilder, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
     monkeypatch.setattr(build, "run_worker", fake)
-    targets = EngineTargets((TENSORRT,), **options)
+    checked = check_targets(EngineTargets((TENSORRT,), **options), {"w4a4"}, 128, 3)
     work = tmp_path / "work"
     work.mkdir()
     try:
-        return build_tensorrt_engines(bundle, Manifest.read(bundle), targets, work, lambda *_: None)[TENSORRT]
+        return build_tensorrt_engines(bundle, Manifest.read(bundle), checked, work, lambda *_: None)[TENSORRT]
     finally:
         assert list(work.iterdir()) == []
+
+
+def test_an_export_asks_each_library_once(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeBuilder({})
+    monkeypatch.setattr(build, "run_worker", fake)
+    # What they do is tested elsewhere, and takes the most time here.
+    monkeypatch.setattr(pipeline, "build_engines", lambda *_: {})
+    monkeypatch.setattr(pipeline, "compare", lambda *_: Parity("DECODER NOT RUN", "", "nothing"))
+    targets = EngineTargets((TENSORRT, TENSORRT_RTX), (89,), allow_precision_fallback=True)
+    target, recipe = tmp_path / "bundle", make_recipe("none", {"select": "topk"})
+    manifest = export(tiny_llava, recipe, target, name="tiny", force=False, progress=lambda *_: None, targets=targets)
+    assert [request.flavour for request in fake.requests if request.model is None] == [TENSORRT, TENSORRT_RTX]
+    # What was found on asking is what the networks are made for.
+    assert manifest.engines[TENSORRT]["cache"] == "preallocated"
+    assert {name: engine["version"] for name, engine in manifest.engines.items()} == dict.fromkeys(
+        (TENSORRT, TENSORRT_RTX), "11.4.0.106"
+    )
 
 
 def test_engines_of_the_gpu_here(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,13 +324,13 @@ def test_what_no_plugin_takes_is_in_the_notes(bundle: Path, tmp_path: Path, monk
 def test_what_fails_names_engine_and_graph(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(request: Request, *_: Any) -> Report:
         if request.model is None:
-            return Report("11.4.0.106")
+            return Report("11.4.0.106", 90)
         raise UnavailableError("no GPU")
 
     monkeypatch.setattr(build, "run_worker", broken)
-    targets = EngineTargets((TENSORRT,))
+    checked = check_targets(EngineTargets((TENSORRT,)), {"w4a4"}, 128, 3)
     with pytest.raises(UnavailableError, match="tensorrt, vision encoder: no GPU"):
-        build_tensorrt_engines(bundle, Manifest.read(bundle), targets, tmp_path, lambda *_: None)
+        build_tensorrt_engines(bundle, Manifest.read(bundle), checked, tmp_path, lambda *_: None)
 
 
 def test_requests_and_reports_survive_the_way_to_the_other_process() -> None:
