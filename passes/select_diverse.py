@@ -148,6 +148,7 @@ _COSINE = """
       cosine = Mul (float_products, scales)
 """
 
+# A column becomes a row by a Reshape: ONNX Runtime fuses a Transpose with the product, which then packs all rows.
 _DPP = """
   margin = Constant <value_float: float = {margin}> ()
   epsilon = Constant <value_float: float = 1.0e-8> ()

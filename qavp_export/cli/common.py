@@ -47,13 +47,21 @@ def with_options(
         def command(**values: Any) -> None:
             function(options(**values))
 
-        signature = inspect.signature(options, eval_str=True)
-        # typer builds a command from what these two say.
-        command.__signature__ = signature.replace(return_annotation=None)  # type: ignore[attr-defined]
-        command.__annotations__ = {name: value.annotation for name, value in signature.parameters.items()}
+        declare(command, inspect.signature(options, eval_str=True).replace(return_annotation=None))
         return command
 
     return decorate
+
+
+def declare(command: Callable[..., None], signature: inspect.Signature) -> None:
+    """Says what options a command takes by keyword; typer builds it from what is set here.
+
+    Args:
+        command: The command; changed in place.
+        signature: Its parameters, annotated as typer asks.
+    """
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {name: value.annotation for name, value in signature.parameters.items()}
 
 
 def run_command(app: typer.Typer, prog: str, argv: Sequence[str] | None = None) -> int:

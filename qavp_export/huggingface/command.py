@@ -38,6 +38,7 @@ class QavpExportCommand(BaseOptimumCLICommand):  # type: ignore[misc]
 
 def export_app() -> typer.Typer:
     """Returns `qavp-export` with `--output` turned into the argument OUT, as Optimum's exporters take it."""
+    from qavp_export.cli.common import declare
     from qavp_export.cli.export import export_command
 
     @functools.wraps(export_command)
@@ -47,9 +48,7 @@ def export_app() -> typer.Typer:
     signature = inspect.signature(export_command, eval_str=True)
     output = signature.parameters["output"].replace(annotation=OutputArgument)
     parameters = [output if name == output.name else value for name, value in signature.parameters.items()]
-    # typer builds a command from what these two say.
-    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = command.__annotations__ | {output.name: OutputArgument}
+    declare(command, signature.replace(parameters=parameters))
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(epilog=f"Example: {_PROG} --model llava-1.5-7b --keep 0.125 llava-w4a4")(command)
     return app
