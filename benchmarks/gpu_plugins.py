@@ -74,7 +74,7 @@ class PluginBench:
         if select == "dpp":
             plugin, inputs = SelectDpp(), [products, score]
             *_, rows = plugin.shapes([products.shape, score.shape], settings)
-            outputs.append(torch.full(rows, math.nan, dtype=torch.float16, device="cuda"))
+            outputs.append(torch.full(rows, math.nan, device="cuda"))
         for _ in self._run(TokenCodes(), [features], {}, [codes]):
             pass
         for _ in self._run(TokenProducts(), [codes], {}, [products]):

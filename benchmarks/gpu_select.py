@@ -10,7 +10,7 @@ from gpu_kernels import TORCH_TYPES
 from gpu_report import Check, Timing
 from gpu_timing import Kernels, Launch, time_launches
 
-from qavp_export.engines.kernels import select
+from qavp_export.engines.kernels import select, similarity
 from qavp_export.engines.kernels.compile import KernelSpec
 from qavp_export.numerics.diverse import Diversity, choose_diverse, code_width
 
@@ -29,6 +29,7 @@ TIMED: tuple[tuple[Case, float | None], ...] = (
     (("fp32", 1, 576, 4096, 72), 150.0),
     (("fp32", 64, 576, 4096, 72), None),
     (("fp32", 1, 2880, 4096, 360), None),
+    (("fp16", 1, 576, 4096, 72), 150.0),
 )
 # What is not read at once is in the cache: the stage before has just written it.
 _SETS = 4
@@ -44,8 +45,8 @@ def select_specs() -> Iterator[KernelSpec]:
 def _specs(case: Case, rule: Diversity) -> tuple[KernelSpec, KernelSpec, KernelSpec]:
     dtype, _, tokens, width, kept = case
     choose = select.select_dpp_spec if rule == "dpp" else select.select_maxmin_spec
-    products = select.token_products_spec(tokens, code_width(width))
-    return select.token_codes_spec(dtype, width), products, choose(tokens, kept)
+    products = similarity.token_products_spec(tokens, code_width(width))
+    return similarity.token_codes_spec(dtype, width), products, choose(tokens, kept)
 
 
 class SelectBench:
@@ -105,12 +106,12 @@ class SelectBench:
         codes = torch.full((images, tokens, code_width(width)), -77, dtype=torch.int8, device="cuda")
         products = torch.full((images, tokens, tokens), float("nan"), device="cuda")
         indices, order = (torch.full((images, kept), -1, dtype=torch.int32, device="cuda") for _ in range(2))
-        rows = torch.full((images, kept, select.row_width(tokens)), float("nan"), dtype=torch.float16, device="cuda")
+        rows = torch.full((images, *select.rows_shape(tokens, kept)), float("nan"), device="cuda")
         of_codes, of_products, of_choice = _specs(case, rule)
         chosen = [products, score, indices, order, rows] if rule == "dpp" else [products, indices, order]
         launches = (
-            self._kernels.bind(of_codes, select.token_codes_grid(images * tokens), [features, codes]),
-            self._kernels.bind(of_products, select.token_products_grid(images, tokens), [codes, products]),
+            self._kernels.bind(of_codes, similarity.token_codes_grid(images * tokens), [features, codes]),
+            self._kernels.bind(of_products, similarity.token_products_grid(images, tokens), [codes, products]),
             self._kernels.bind(of_choice, select.select_grid(images), chosen),
         )
         return launches, (indices, order)

@@ -130,7 +130,7 @@ _COUNT = """
   kept_number = Constant <value_int: int = @kept> ()
   kept_shape = Constant <value_ints: ints = [-1]> ()
   {count} = Reshape (kept_number, kept_shape)
-  scratch = Constant <value: tensor = float16[1,1,1] {{0}}> ()
+  scratch = Constant <value: tensor = float[1,1,1] {{0}}> ()
 """
 
 

@@ -32,11 +32,8 @@ from qavp_export.engines.kernels.score import (
     token_sensitivity_grid,
     token_sensitivity_spec,
 )
-from qavp_export.engines.kernels.select import (
-    row_width,
-    select_dpp_spec,
-    select_grid,
-    select_maxmin_spec,
+from qavp_export.engines.kernels.select import select_dpp_spec, select_grid, select_maxmin_spec
+from qavp_export.engines.kernels.similarity import (
     token_codes_grid,
     token_codes_spec,
     token_products_grid,
@@ -134,7 +131,7 @@ OUTPUTS = {
     "TokenSensitivity": (["FLOAT", "FLOAT"], [[3, 25], [3, 25]]),
     "QuantizeTwoLevel": (["INT8", "FLOAT"], [[2, 9, 192], [2, 9, 1]]),
     "TokenProducts": (["FLOAT"], [[3, 25, 25]]),
-    "SelectDpp": (["INT32", "INT32", "HALF"], [[3, 9], [3, 9], [3, 9, row_width(25)]]),
+    "SelectDpp": (["INT32", "INT32", "FLOAT"], [[3, 9], [3, 9], [3, 16, 28]]),
     "SelectMaxmin": (["INT32", "INT32"], [[3, 9], [3, 9]]),
 }
 

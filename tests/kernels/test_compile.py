@@ -14,12 +14,8 @@ import pytest
 from qavp_export.engines.kernels.compile import KernelSpec, compile_kernel, without_hidden_arguments
 from qavp_export.engines.kernels.quantize import quantize_two_level_spec
 from qavp_export.engines.kernels.score import mix_token_score_spec, token_sensitivity_spec
-from qavp_export.engines.kernels.select import (
-    select_dpp_spec,
-    select_maxmin_spec,
-    token_codes_spec,
-    token_products_spec,
-)
+from qavp_export.engines.kernels.select import select_dpp_spec, select_maxmin_spec
+from qavp_export.engines.kernels.similarity import token_codes_spec, token_products_spec
 from qavp_export.errors import UnavailableError
 from tests.kernels.assembler import ARCHITECTURES, assemble
 

@@ -6,11 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qavp_export.engines.kernels.select import (
-    row_width,
-    select_dpp_spec,
-    select_grid,
-    select_maxmin_spec,
+from qavp_export.engines.kernels.select import rows_shape, select_dpp_spec, select_grid, select_maxmin_spec
+from qavp_export.engines.kernels.similarity import (
     token_codes_grid,
     token_codes_spec,
     token_products_grid,
@@ -64,13 +61,14 @@ def _choose(
     arguments: dict[str, Array] = {"products": products}
     spec = select_maxmin_spec(tokens, kept)
     if select == "dpp":
-        spec = select_dpp_spec(tokens, kept)
-        chosen["rows"] = _poisoned(images * kept * row_width(tokens), np.float16, np.nan)
+        spec = select_dpp_spec(tokens, kept, use_ptx=False)
+        scratch = images, *rows_shape(tokens, kept)
+        chosen["rows"] = _poisoned(int(np.prod(scratch)), np.float32, np.nan)
         arguments["score"] = score
     results = interpreter.run(spec, select_grid(images), {**arguments, **chosen})
     order = _inside(results["order"], (images, kept))
     if select == "dpp":
-        rows = _inside(results["rows"], (images, kept, row_width(tokens)))[..., :tokens]
+        rows = _inside(results["rows"], scratch)[:, :kept, :tokens]
         for image in range(images):
             np.testing.assert_array_equal(rows[image], _cholesky(products[image], order[image]))
     return _inside(results["indices"], (images, kept)), order

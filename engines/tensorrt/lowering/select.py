@@ -23,7 +23,7 @@ from qavp_export.passes.functions import DOMAIN, add_function
 from qavp_export.passes.select_diverse import SELECT_DIVERSE
 
 _INT8, _INT32, _INT64 = ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64
-_FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+_FLOAT = ir.DataType.FLOAT
 
 
 def lower_selection(model: ir.Model) -> RewriteResult:
@@ -48,7 +48,8 @@ def lower_selection(model: ir.Model) -> RewriteResult:
 def _why_not(node: ir.Node) -> str | None:
     """Returns why the kernels cannot select for a node, or None."""
     # Triton is for those who build plugins; TensorRT-RTX has none.
-    from qavp_export.engines.kernels.select import select_dpp_spec, token_codes_spec
+    from qavp_export.engines.kernels.select import select_dpp_spec
+    from qavp_export.engines.kernels.similarity import token_codes_spec
 
     shape = input_of(node, 0).shape
     tokens, width = (None, None) if shape is None else shape[1:]
@@ -92,7 +93,7 @@ def _cut(model: ir.Model, node: ir.Node, function: ir.Function) -> None:
     chosen = builder.nodes[-1].outputs
     chosen[1].dtype, chosen[1].shape = _INT32, ir.Shape(kept)
     if select == "dpp":
-        chosen[2].dtype = _HALF
+        chosen[2].dtype = _FLOAT
     for old, new, of in zip(node.outputs, chosen, ("indices", "order"), strict=False):
         # Plugins give 32 bits, which the operators behind them do not take.
         replace_value(old, builder.op(f"{of}/Cast", "Cast", [new], _INT64, kept, {"to": int(_INT64)}))

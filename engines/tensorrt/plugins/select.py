@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from qavp_export.engines.kernels.select import (
-    row_width,
-    select_dpp_spec,
-    select_grid,
-    select_maxmin_spec,
+from qavp_export.engines.kernels.select import rows_shape, select_dpp_spec, select_grid, select_maxmin_spec
+from qavp_export.engines.kernels.similarity import (
     token_codes_grid,
     token_codes_spec,
     token_products_grid,
@@ -77,13 +74,13 @@ class SelectDpp(Plugin):
     name = SELECT_DPP
     inputs = ("products", "score")
     settings = MappingProxyType({"kept": int})
-    outputs = ("INT32", "INT32", "HALF")
+    outputs = ("INT32", "INT32", "FLOAT")
 
     def shapes(self, inputs: Sequence[Sequence[Any]], settings: Mapping[str, Setting]) -> list[tuple[Any, ...]]:
-        """Returns a number for each token that is kept, twice, and a row of numbers for each."""
+        """Returns a number for each token that is kept, twice, and what `rows_shape` says."""
         images, tokens, _ = inputs[0]
         kept = int(settings["kept"])
-        return [(images, kept), (images, kept), (images, kept, row_width(tokens))]
+        return [(images, kept), (images, kept), (images, *rows_shape(tokens, kept))]
 
     def launch(
         self, inputs: Sequence[Tensor], settings: Mapping[str, Setting], tactic: int, compiler: Compiler, cdiv: Any
