@@ -55,6 +55,16 @@ def _tile_place(token_blocks, ROW_BLOCKS: tl.constexpr, BAND: tl.constexpr):
 
 
 @triton.jit
+def _existing_tokens(token, last, first_token, SIZE: tl.constexpr):
+    """Returns tokens of a program, and in place of those beyond the last those of the program before.
+
+    Their sums are not stored. The last one again and again would be slow: all programs would read one cache line.
+    """
+    others = tl.where(first_token > 0, token - SIZE, token % (last + 1))
+    return tl.where(token <= last, token, others)
+
+
+@triton.jit
 def _tile_channels(GROUP: tl.constexpr, BYTES: tl.constexpr, JOIN: tl.constexpr):
     """Returns which channels, from the first of a tile, its low halves hold; with JOIN, low and then high halves."""
     HALF: tl.constexpr = GROUP // 2
@@ -184,7 +194,7 @@ def w4a4_matmul(
     token_block, row_block = _tile_place(tl.cdiv(tokens, BLOCK_T + EXTRA_T), ROW_BLOCKS, BAND)
     first_token = token_block.to(tl.int64) * (BLOCK_T + EXTRA_T)
     first_row = row_block * BLOCK_N
-    # Rows and tokens beyond the last repeat the last: their sums are not stored.
+    # Rows beyond the last repeat the last: their sums are not stored.
     row = tl.minimum(tl.arange(0, BLOCK_N), OUTPUTS - 1 - first_row)
     last_token = (tokens - 1 - first_token).to(tl.int32)
     column = tl.arange(0, BYTES)
@@ -194,11 +204,11 @@ def w4a4_matmul(
     products += first_token * INPUTS
     weights = row[:, None] * ROW_BYTES + column[None, :]
     channel = _tile_channels(GROUP, BYTES, JOIN)
-    token = tl.minimum(tl.arange(0, BLOCK_T), last_token)
+    token = _existing_tokens(tl.arange(0, BLOCK_T), last_token, first_token, BLOCK_T + EXTRA_T)
     main = token[None, :] * INPUTS + channel[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_T), dtype=tl.int32)
     if EXTRA_T > 0:
-        extra = tl.minimum(BLOCK_T + tl.arange(0, EXTRA_T), last_token)
+        extra = _existing_tokens(BLOCK_T + tl.arange(0, EXTRA_T), last_token, first_token, BLOCK_T + EXTRA_T)
         beside = extra[None, :] * INPUTS + channel[:, None]
         extra_acc = tl.zeros((BLOCK_N, EXTRA_T), dtype=tl.int32)
     if SPLIT_K == 1:

@@ -1,6 +1,6 @@
 """How `w4a4_matmul` cuts its work, by token count, layer and GPU.
 
-The choices were the fastest of the candidates that `benchmarks/gpu_check.py --tune` timed on an H200 at LLaVA-1.5-7B's
+The choices were among the fastest that `benchmarks/gpu_check.py --tune` timed on an H200 and an H100 at LLaVA-1.5-7B's
 sizes; for other GPUs they come from counting and from the assembler's reports.
 """
 
@@ -17,6 +17,9 @@ _WIDE_PROGRAMS = 264
 _MAX_SPLIT = 8
 # Fewer weight bytes of a row than this in a part of K, and starting costs more than the part.
 _MIN_PART_BYTES = 512
+# Where all of K is one program's: tiles of tokens, and how many programs make one of them large enough.
+_BUSY_BLOCKS = (32, 64, 128)
+_BUSY_PROGRAMS = 192
 _GEMV_TOKENS = 1
 _MANY_TOKENS = 512
 
@@ -89,10 +92,30 @@ def matmul_tiling(tokens: int, inputs: int, outputs: int, capability: int, one_l
         narrow = MatmulTiling(128, 0, 64, num_warps=4, num_stages=3, join=join)
         wide = replace(narrow, outputs=128, num_warps=8, max_registers=128)
         return wide if join and -(-outputs // 128) * -(-tokens // 128) >= _WIDE_PROGRAMS else narrow
+    rows = -(-outputs // 64)
+    if one_launch:
+        return _busy(tokens, rows, join)
     block, extra = _token_block(tokens)
-    programs = -(-outputs // 64) * -(-tokens // (block + extra))
-    split = 1 if one_launch else _split(programs, inputs)
+    split = _split(rows * -(-tokens // (block + extra)), inputs)
     return MatmulTiling(block, extra, 64, num_warps=4, num_stages=3 if block > 32 else 4, split_k=split, join=join)
+
+
+def _busy(tokens: int, rows: int, join: bool) -> MatmulTiling:
+    """Returns the largest tile of tokens that leaves enough programs, of all K each, to keep the GPU busy.
+
+    Args:
+        tokens: T.
+        rows: Tiles of output channels.
+        join: See `MatmulTiling`.
+    """
+    if tokens <= _BUSY_BLOCKS[0] // 2:
+        block = 16
+    else:
+        fitting = [block for block in _BUSY_BLOCKS if rows * -(-tokens // block) >= _BUSY_PROGRAMS]
+        block = fitting[-1] if fitting else _BUSY_BLOCKS[0]
+    # The fewer programs share a multiprocessor, the more tiles each must have in flight.
+    stages = {16: 5, 32: 5, 64: 4}.get(block, 4 if rows * -(-tokens // block) <= _WIDE_PROGRAMS else 3)
+    return MatmulTiling(block, 0, 64, num_warps=4, num_stages=stages, join=join)
 
 
 def candidate_tilings(tokens: int, inputs: int, outputs: int, capability: int) -> Sequence[Tiling]:

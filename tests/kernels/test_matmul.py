@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from qavp_export.engines.kernels import matmul
-from qavp_export.engines.kernels.compile import compile_kernel
+from qavp_export.engines.kernels.compile import KernelSpec, compile_kernel
 from qavp_export.engines.kernels.matmul import (
     w4a4_matmul_grid,
     w4a4_matmul_spec,
@@ -134,6 +134,24 @@ def test_parts_of_k_add_up(interpreter: Interpreter, split_k: int, unroll: int, 
     }
     reduced = interpreter.run(w4a4_reduce_spec(37, split_k), w4a4_reduce_grid(5, 37), arguments)["output"]
     np.testing.assert_array_equal(reduced, layer.run(interpreter, replace(tiling, split_k=1), "fp16"))
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(136, 128), (136, 64), (8, 0), (64, 0), (65, 64)])
+def test_places_without_a_token_are_spread_over_others(interpreter: Interpreter, tokens: int, first: int) -> None:
+    # Where all read the last token, a GPU took up to 2.5 times as long.
+    size, last = 64, tokens - 1 - first
+    spec = KernelSpec(
+        "tests.kernels.probes",
+        "existing_tokens",
+        {"last": "i32", "first_token": "i32", "result": "*i32"},
+        {"SIZE": 64},
+        1,
+    )
+    arguments = {"last": last, "first_token": first, "result": np.full(size, -77, np.int32)}
+    read = first + interpreter.run(spec, (1, 1, 1), arguments)["result"]
+    np.testing.assert_array_equal(read[: last + 1], np.arange(first, min(first + size, tokens)))
+    assert ((read >= 0) & (read < tokens)).all()
+    assert np.bincount(read).max() == -(-size // min(size, tokens))
 
 
 @pytest.mark.parametrize(
@@ -262,3 +280,23 @@ def test_what_the_kernel_lacks_is_refused() -> None:
         w4a4_matmul_spec(256, 8, 128, SMALL, "int8")
     with pytest.raises(RecipeError, match="does not divide"):
         w4a4_matmul_spec(192, 8, 128, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "block"),
+    [
+        # The largest block of which there are 192 programs; at least 32 tokens, but for those that fit in 16.
+        (16, 4096, 16),
+        (17, 4096, 32),
+        (64, 4096, 32),
+        (64, 11008, 32),
+        (136, 4096, 64),
+        (136, 11008, 128),
+        (400, 4096, 128),
+        (512, 1000, 32),
+    ],
+)
+def test_one_launch_keeps_the_gpu_busy(tokens: int, outputs: int, block: int) -> None:
+    tiling = matmul_tiling(tokens, 4096, outputs, 90, one_launch=True)
+    assert isinstance(tiling, MatmulTiling)
+    assert (tiling.tokens, tiling.extra_tokens, tiling.split_k) == (block, 0, 1)
