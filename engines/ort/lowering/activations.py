@@ -12,6 +12,7 @@ from qavp_export.engines.ort.lowering.capabilities import Capabilities
 from qavp_export.passes._builder import Dim, NodeBuilder
 
 _FLOAT, _UINT8, _INT8 = ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.INT8
+_EXTREMES = ("ReduceMax", "ReduceMin")
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,19 @@ class ActivationQuantizers:
 
 
 def _scale_nodes(builder: NodeBuilder, activation: Activation) -> _Scales:
-    """Adds numerics section 3 (or one scale per group), operator for operator as the canonical functions have it."""
+    """Adds numerics section 3 (or one scale per group), whose arithmetic is that of the canonical functions."""
     x, leading, grid = activation.x, _leading(activation), _grid(activation)
     groups = activation.groups
-    magnitude = builder.op("Abs", "Abs", [x], _FLOAT, tuple(x.shape or ()))
-    if not activation.per_token:
+    last = builder.ints("last", [-1])
+    if activation.per_token:
+        # Of long rows: to read them twice takes half as long as to write magnitudes and read those.
+        high, low = (builder.op(name, name, [x, last], _FLOAT, grid, {"keepdims": 1}) for name in _EXTREMES)
+        peak = builder.op("peak", "Max", [high, builder.op("Neg", "Neg", [low], _FLOAT, grid)], _FLOAT, grid)
+    else:
+        magnitude = builder.op("Abs", "Abs", [x], _FLOAT, tuple(x.shape or ()))
         target = builder.ints("grid", [*_copied(leading), groups, activation.group_size])
         magnitude = builder.op("Reshape", "Reshape", [magnitude, target], _FLOAT, (*grid, activation.group_size))
-    last = builder.ints("last", [-1])
-    keep = {"keepdims": int(activation.per_token)}
-    peak = builder.op("peak", "ReduceMax", [magnitude, last], _FLOAT, grid, keep)
+        peak = builder.op("peak", "ReduceMax", [magnitude, last], _FLOAT, grid, {"keepdims": 0})
     largest = builder.constant("largest", np.float32(activation.largest_code))
     amplitude = builder.op("amplitude", "Div", [peak, largest], _FLOAT, grid)
     if not activation.two_level:
