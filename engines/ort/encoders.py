@@ -5,16 +5,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from qavp_export.engines import EngineOptions, FloatArray, IntArray
-from qavp_export.engines.ort.session import Graph, input_names, open_graph, value
+from qavp_export.engines.ort.session import Values, input_names, open_graph, value
 from qavp_export.engines.sequences import check_placeholders
 from qavp_export.manifest import Manifest
 
 VISION_OUTPUTS = ("image_features", "kept_indices")
+
+
+class VisionEncoder(Protocol):
+    """A vision encoder, in one graph or more."""
+
+    inputs: frozenset[str]
+
+    def run(self, inputs: Values) -> Values:
+        """Encodes images; what it returns contains `VISION_OUTPUTS`."""
 
 
 class OrtEmbedding:
@@ -54,7 +64,9 @@ class OrtEmbedding:
 class OrtEncoders(OrtEmbedding):
     """Runs what comes before a bundle's decoder: vision encoder and embedding."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, options: EngineOptions, vision: Graph | None = None) -> None:
+    def __init__(
+        self, bundle: Path, manifest: Manifest, options: EngineOptions, vision: VisionEncoder | None = None
+    ) -> None:
         """Opens the graphs; see `OrtEmbedding`.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import numpy as np
 from qavp_export.engines import TOKEN_TYPES, EngineOptions
 from qavp_export.engines.ort.cached import CachedDecoder, CachedSession
 from qavp_export.engines.ort.codes import check_codes
-from qavp_export.engines.ort.encoders import OrtEncoders
+from qavp_export.engines.ort.encoders import VISION_OUTPUTS, OrtEncoders, VisionEncoder
 from qavp_export.engines.ort.growing import GrowingDecoder, GrowingSession
-from qavp_export.engines.ort.plan import PLAN_NAME, EnginePlan
-from qavp_export.engines.ort.session import Graph, input_names
+from qavp_export.engines.ort.plan import PLAN_NAME, SELECTION, EnginePlan
+from qavp_export.engines.ort.session import CPU_PROVIDER, Graph, GraphPipeline, input_names
 from qavp_export.engines.ort.weights import read_weights
 from qavp_export.errors import BundleError, InputError, QavpError, UnavailableError
 from qavp_export.manifest import Manifest
@@ -126,9 +127,12 @@ class LoweredGraphs:
         self._folder = bundle / backend.folder
         self._plan = EnginePlan.read(self._folder)
 
-    def vision(self, precision: str) -> Graph:
-        """Opens the vision encoder."""
-        return self.open(f"vision_encoder.{precision}", "vision encoder")
+    def vision(self, precision: str) -> VisionEncoder:
+        """Opens the vision encoder, and the selection of tokens where that is a graph of its own: on the CPU."""
+        encoder = self.open(f"vision_encoder.{precision}", "vision encoder")
+        if set(VISION_OUTPUTS) <= set(encoder.outputs):
+            return encoder
+        return GraphPipeline([encoder, self.open(SELECTION, "selection of tokens", (CPU_PROVIDER,))])
 
     @property
     def _coded(self) -> bool:
@@ -192,8 +196,13 @@ class LoweredGraphs:
     def _body(self, name: str) -> OpenedBody:
         return OpenedBody(self.open(name, "decoder"), frozenset(self._plan.graphs[name].inputs))
 
-    def open(self, name: str, title: str) -> Graph:
-        """Opens a graph; `title` is what messages call it.
+    def open(self, name: str, title: str, providers: Sequence[str] = ()) -> Graph:
+        """Opens a graph.
+
+        Args:
+            name: Its name in the plan.
+            title: What messages call it.
+            providers: Execution providers, best first; none: those of the backend.
 
         Raises:
             BundleError: It is missing or cannot be opened.
@@ -204,7 +213,7 @@ class LoweredGraphs:
         if graph is None:
             raise BundleError(f"{self._folder / PLAN_NAME} has no graph {name!r}; export the bundle again")
         weights = read_weights(self._bundle, graph.weights, self._options.threads or os.cpu_count() or 1)
-        path, providers = self._folder / graph.file, self.backend.providers
+        path, providers = self._folder / graph.file, providers or self.backend.providers
         try:
             opened = Graph(title, path, self._options, graph.inputs, graph.outputs, weights, providers)
         except MemoryError as error:

@@ -18,6 +18,8 @@ from qavp_export.errors import BundleError
 PLAN_NAME = "engine.json"
 CPU_FOLDER = "engines/ort-cpu"
 CUDA_FOLDER = "engines/ort-cuda"
+# The graph that takes what the vision encoder's returns, where that ends before tokens are selected.
+SELECTION = "selection"
 
 
 @dataclass(frozen=True)

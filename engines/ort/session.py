@@ -33,7 +33,12 @@ _LEVELS: Mapping[str, ort.GraphOptimizationLevel] = MappingProxyType(
 
 
 class Graph:
-    """One opened graph. Serves calls from several threads at once."""
+    """One opened graph. Serves calls from several threads at once.
+
+    Attributes:
+        inputs: Names of its inputs.
+        outputs: Names of what `run` returns.
+    """
 
     def __init__(
         self,
@@ -61,7 +66,8 @@ class Graph:
             InputError: An option is out of range.
         """
         self._name = name
-        self._outputs = list(outputs)
+        self.inputs = frozenset(inputs)
+        self.outputs = tuple(outputs)
         if not path.is_file():
             raise BundleError(f"{path} is missing; export the bundle again")
         settings = session_options(options)
@@ -83,10 +89,10 @@ class Graph:
     def run(self, inputs: Values) -> Values:
         """Runs the graph once, without copies between steps."""
         try:
-            values = self._session.run_with_ort_values(self._outputs, inputs)
+            values = self._session.run_with_ort_values(self.outputs, inputs)
         except Exception as error:  # ONNX Runtime's exceptions share no narrower base class
             raise self._failed(error) from error
-        return dict(zip(self._outputs, values, strict=True))
+        return dict(zip(self.outputs, values, strict=True))
 
     def providers(self) -> list[str]:
         """Returns the execution providers that were loaded."""
@@ -106,6 +112,32 @@ class Graph:
 
     def _failed(self, error: Exception) -> QavpError:
         return QavpError(f"ONNX Runtime failed in the {self._name} ({one_line(error)})")
+
+
+class GraphPipeline:
+    """Graphs that run one after the other, each on what is given and what those before it returned.
+
+    Attributes:
+        inputs: Names of what is given.
+    """
+
+    def __init__(self, graphs: Sequence[Graph]) -> None:
+        """Takes opened graphs, first to last."""
+        self._graphs = tuple(graphs)
+        self.inputs: frozenset[str] = frozenset()
+        made: set[str] = set()
+        for graph in self._graphs:
+            self.inputs |= graph.inputs - made
+            made.update(graph.outputs)
+
+    def run(self, inputs: Values) -> Values:
+        """Runs every graph once, and returns what they returned."""
+        outputs: Values = {}
+        for graph in self._graphs:
+            known = inputs | outputs
+            # What is missing ONNX Runtime names.
+            outputs |= graph.run({name: known[name] for name in graph.inputs & known.keys()})
+        return outputs
 
 
 def open_graph(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -16,14 +16,16 @@ from onnx import helper, numpy_helper
 from qavp_export.engines import EngineOptions, FloatArray, IntArray
 from qavp_export.engines.ort.cpu import cpu_graphs
 from qavp_export.engines.ort.cuda import cuda_graphs
+from qavp_export.engines.ort.encoders import VISION_OUTPUTS, VisionEncoder
 from qavp_export.engines.ort.lowered import LoweredGraphs, vision_precision
-from qavp_export.engines.ort.plan import PLAN_NAME
-from qavp_export.engines.ort.session import Graph, value
+from qavp_export.engines.ort.plan import EnginePlan
+from qavp_export.engines.ort.session import value
 from qavp_export.errors import UnavailableError
 from qavp_export.manifest import Manifest
 
 _UNPRUNED = "image_features_unpruned"
-_FEATURES, _KEPT = "image_features", "kept_indices"
+_FEATURES, _KEPT = VISION_OUTPUTS
+_VISION = "vision_encoder."
 _WARMUP = 3
 # A difference between two times needs more runs than the times do, as long as they are short.
 _MOST, _BUDGET_S = 200, 5.0
@@ -64,7 +66,7 @@ def measure_scoring(
         for name, array in inputs.items()
     }
 
-    def open_vision(folder: Path) -> Graph:
+    def open_vision(folder: Path) -> VisionEncoder:
         graphs = opener(folder, options)
         return graphs.vision(vision_precision(graphs.backend, manifest, options))
 
@@ -72,15 +74,17 @@ def measure_scoring(
         cut = Path(work) / "bundle"
         write_without_scoring(bundle, f"engines/{engine}", cut)
         both = (open_vision(bundle), open_vision(cut))
-    for graph in both * _WARMUP:
-        graph.run(values)
+    # The number of tokens to keep may be an input of the selection alone.
+    feeds = [{name: given for name, given in values.items() if name in graph.inputs} for graph in both]
+    for graph, given in [*zip(both, feeds, strict=True)] * _WARMUP:
+        graph.run(given)
     whole: list[float] = []
     without: list[float] = []
     ends = time.perf_counter() + _BUDGET_S
     while len(whole) < repeats or (len(whole) < _MOST and time.perf_counter() < ends):
-        for graph, taken in zip(both, (whole, without), strict=True):
+        for graph, given, taken in zip(both, feeds, (whole, without), strict=True):
             started = time.perf_counter()
-            graph.run(values)[_FEATURES].numpy()
+            graph.run(given)[_FEATURES].numpy()
             taken.append(time.perf_counter() - started)
     return whole, without
 
@@ -101,9 +105,14 @@ def write_without_scoring(bundle: Path, engine_folder: str, target: Path) -> Non
     for entry in bundle.iterdir():
         if entry.name != Path(engine_folder).parts[0]:
             (target / entry.name).symlink_to(entry.resolve())
-    shutil.copyfile(folder / PLAN_NAME, target / engine_folder / PLAN_NAME)
+    plan = EnginePlan.read(folder)
+    graphs = {
+        name: dataclasses.replace(graph, outputs=VISION_OUTPUTS) if name.startswith(_VISION) else graph
+        for name, graph in plan.graphs.items()
+    }
+    dataclasses.replace(plan, graphs=graphs).write(target / engine_folder)
     for path in folder.glob("*.onnx"):
-        if path.name.startswith("vision_encoder."):
+        if path.name.startswith(_VISION):
             _cut(path, target / engine_folder / path.name)
         else:
             (target / engine_folder / path.name).symlink_to(path.resolve())

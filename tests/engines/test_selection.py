@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from qavp_export import EngineOptions, QavpModel, pipeline
-from qavp_export.engines.ort.lowering.capabilities import CPU, CUDA
+from qavp_export.engines.ort.lowering.capabilities import CPU
 from qavp_export.engines.ort.lowering.vision import lower_vision
 from qavp_export.engines.tensorrt.keys import TENSORRT_RTX
 from qavp_export.engines.tensorrt.lowering.capabilities import TENSORRT_RTX as RTX_CAPABILITIES
@@ -58,12 +58,6 @@ def test_the_cpu_chooses_the_same_tokens_by_integer_products(vision: Path) -> No
     lowered_features, lowered_kept = session(lowered, optimize=True).run(None, feeds)
     np.testing.assert_array_equal(lowered_kept, kept)
     np.testing.assert_array_equal(lowered_features, features)
-
-
-def test_cuda_keeps_the_function(vision: Path) -> None:
-    model = ir.load(vision)
-    lowered = lower_vision(model, "fp32", CUDA).model
-    assert "MatMulInteger" not in _operators(lowered)
 
 
 def _operators(model: ir.Model) -> set[str]:

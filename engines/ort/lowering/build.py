@@ -13,9 +13,10 @@ import onnx_ir as ir
 from qavp_export.engines.ort.lowering.capabilities import CPU, CPU_UNSIGNED, CUDA, Capabilities
 from qavp_export.engines.ort.lowering.codes import cache_probe
 from qavp_export.engines.ort.lowering.decoder import DecoderLowering
+from qavp_export.engines.ort.lowering.selection import split_selection
 from qavp_export.engines.ort.lowering.vision import lower_vision
 from qavp_export.engines.ort.lowering.weights import Lowered
-from qavp_export.engines.ort.plan import CPU_FOLDER, CUDA_FOLDER, EnginePlan, GraphPlan
+from qavp_export.engines.ort.plan import CPU_FOLDER, CUDA_FOLDER, SELECTION, EnginePlan, GraphPlan
 from qavp_export.manifest import Manifest
 from qavp_export.passes import NVFP4
 
@@ -75,11 +76,10 @@ class _Builder:
 
     def _graphs(self) -> Iterator[tuple[str, Lowered]]:
         """Yields one decoder for prompts and single tokens where one can do both, and two where these are faster."""
-        decoder, vision = self._decoder, self._vision
+        decoder = self._decoder
         yield "probe", _probe()
         yield "head", decoder.head(self._capabilities)
-        yield "vision_encoder.fp32", lower_vision(vision, "fp32", self._capabilities)
-        yield from self._exact("vision_encoder.w8a8", lambda provider: lower_vision(vision, "w8a8", provider))
+        yield from self._vision_graphs()
         if decoder.runs_both:
             yield from self._exact("decoder", lambda provider: decoder.body("any", "packed", provider))
         if decoder.differs or not decoder.runs_both:
@@ -88,6 +88,16 @@ class _Builder:
         if decoder.refused is None and self._capabilities.coded_caches:
             yield "probe.int8", cache_probe()
             yield from self._exact("decode.int8", lambda p: decoder.body("decode", "packed", p.with_codes()))
+
+    def _vision_graphs(self) -> Iterator[tuple[str, Lowered]]:
+        """Yields the vision encoder in both precisions, whole or up to a selection that the CPU is faster at."""
+        vision = self._vision
+        parts = None if self._capabilities.loops else split_selection(vision)
+        if parts is not None:
+            vision, selection = parts
+            yield SELECTION, lower_vision(selection, "fp32", CPU)
+        yield "vision_encoder.fp32", lower_vision(vision, "fp32", self._capabilities)
+        yield from self._exact("vision_encoder.w8a8", lambda provider: lower_vision(vision, "w8a8", provider))
 
     def _exact(self, name: str, lower: Callable[[Capabilities], Lowered]) -> Iterator[tuple[str, Lowered]]:
         lowered = lower(self._capabilities)

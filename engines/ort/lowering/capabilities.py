@@ -18,6 +18,7 @@ class Capabilities:
         fused_scales: Whether `MatMulIntegerToFloat` multiplies by the scales of output channels.
         cache: Type of keys and values in the cache.
         coded_caches: Whether attention over a cache of 8-bit codes, in float otherwise, is built as well.
+        loops: Whether loops of small operators are fast. Where not, diverse tokens are chosen on the CPU.
     """
 
     activations: ir.DataType
@@ -25,6 +26,7 @@ class Capabilities:
     fused_scales: bool
     cache: ir.DataType
     coded_caches: bool
+    loops: bool
 
     @property
     def attention(self) -> ir.DataType:
@@ -36,15 +38,17 @@ class Capabilities:
         return dataclasses.replace(self, cache=ir.DataType.INT8)
 
 
-CPU = Capabilities(ir.DataType.UINT8, ir.DataType.INT8, fused_scales=True, cache=ir.DataType.FLOAT, coded_caches=True)
+CPU = Capabilities(
+    ir.DataType.UINT8, ir.DataType.INT8, fused_scales=True, cache=ir.DataType.FLOAT, coded_caches=True, loops=True
+)
 
 # Before VNNI, x86 adds pairs of unsigned times signed products in 16 bits, which overflow; unsigned times unsigned is
 # exact everywhere, at less than half the speed.
 CPU_UNSIGNED = Capabilities(
-    ir.DataType.UINT8, ir.DataType.UINT8, fused_scales=True, cache=ir.DataType.FLOAT, coded_caches=True
+    ir.DataType.UINT8, ir.DataType.UINT8, fused_scales=True, cache=ir.DataType.FLOAT, coded_caches=True, loops=True
 )
 
-# Its integer products take signed operands only, its attention 16-bit floats only.
+# Its integer products take signed operands only, its attention 16-bit floats only. Each operator of a loop is a launch.
 CUDA = Capabilities(
-    ir.DataType.INT8, ir.DataType.INT8, fused_scales=False, cache=ir.DataType.FLOAT16, coded_caches=False
+    ir.DataType.INT8, ir.DataType.INT8, fused_scales=False, cache=ir.DataType.FLOAT16, coded_caches=False, loops=False
 )

@@ -40,10 +40,10 @@ def lower_vision(model: ir.Model, vision: VisionPrecision, capabilities: Capabil
        CLIP's text tower.
     2. Attention of heads that are views of one value reads that value, without transposing it.
     3. Weights that are stored in 16 bits are widened when the engine loads instead of in the graph.
-    4. Diverse tokens are chosen by products of 8-bit integers on the CPU; see `lower_selection`.
+    4. Diverse tokens are chosen as the CPU does it fastest; see `lower_selection`.
 
     Args:
-        model: The vision encoder of a bundle; it is not changed.
+        model: The vision encoder of a bundle, or a part of it; see `split_selection`. It is not changed.
         vision: The precision of linear layers.
         capabilities: What the provider runs fast.
 
@@ -54,8 +54,7 @@ def lower_vision(model: ir.Model, vision: VisionPrecision, capabilities: Capabil
     plans = WeightPlans("vision_encoder")
     precision = _round_linears(model.graph, capabilities, plans) if vision == "w8a8" else {}
     _join_heads(model.graph)
-    if capabilities.activations == ir.DataType.UINT8:
-        lower_selection(model)
+    lower_selection(model)
     remove_unused(model)
     widen_halves(model.graph, plans)
     remove_unused(model)
