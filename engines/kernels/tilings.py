@@ -94,28 +94,33 @@ def matmul_tiling(tokens: int, inputs: int, outputs: int, capability: int, one_l
         return wide if join and -(-outputs // 128) * -(-tokens // 128) >= _WIDE_PROGRAMS else narrow
     rows = -(-outputs // 64)
     if one_launch:
-        return _busy(tokens, rows, join)
+        return _busy(tokens, inputs, rows, join)
     block, extra = _token_block(tokens)
     split = _split(rows * -(-tokens // (block + extra)), inputs)
     return MatmulTiling(block, extra, 64, num_warps=4, num_stages=3 if block > 32 else 4, split_k=split, join=join)
 
 
-def _busy(tokens: int, rows: int, join: bool) -> MatmulTiling:
+def _busy(tokens: int, inputs: int, rows: int, join: bool) -> MatmulTiling:
     """Returns the largest tile of tokens that leaves enough programs, of all K each, to keep the GPU busy.
 
     Args:
         tokens: T.
+        inputs: K.
         rows: Tiles of output channels.
         join: See `MatmulTiling`.
     """
-    if tokens <= _BUSY_BLOCKS[0] // 2:
-        block = 16
-    else:
-        fitting = [block for block in _BUSY_BLOCKS if rows * -(-tokens // block) >= _BUSY_PROGRAMS]
-        block = fitting[-1] if fitting else _BUSY_BLOCKS[0]
+    if tokens <= 16:
+        return MatmulTiling(16, 0, 64, num_warps=4, num_stages=5, join=join)
+    fitting = [block for block in _BUSY_BLOCKS if rows * -(-tokens // block) >= _BUSY_PROGRAMS]
+    block = fitting[-1] if fitting else _BUSY_BLOCKS[0]
+    tiling = MatmulTiling(block, 0, 64, num_warps=4, num_stages=5, join=join)
     # The fewer programs share a multiprocessor, the more tiles each must have in flight.
-    stages = {16: 5, 32: 5, 64: 4}.get(block, 4 if rows * -(-tokens // block) <= _WIDE_PROGRAMS else 3)
-    return MatmulTiling(block, 0, 64, num_warps=4, num_stages=stages, join=join)
+    if block == 64:
+        halves = inputs % (4 * tiling.row_bytes) == 0
+        return replace(tiling, num_stages=3, unroll=2) if halves else replace(tiling, num_stages=4)
+    if block == 128:
+        return replace(tiling, num_stages=4 if rows * -(-tokens // block) <= _WIDE_PROGRAMS else 3)
+    return tiling
 
 
 def candidate_tilings(tokens: int, inputs: int, outputs: int, capability: int) -> Sequence[Tiling]:

@@ -300,3 +300,11 @@ def test_one_launch_keeps_the_gpu_busy(tokens: int, outputs: int, block: int) ->
     tiling = matmul_tiling(tokens, 4096, outputs, 90, one_launch=True)
     assert isinstance(tiling, MatmulTiling)
     assert (tiling.tokens, tiling.extra_tokens, tiling.split_k) == (block, 0, 1)
+
+
+@pytest.mark.parametrize(("inputs", "unroll"), [(4096, 2), (11008, 2), (1152, 1)])
+def test_two_tiles_at_a_time_where_they_end_with_the_row(inputs: int, unroll: int) -> None:
+    tiling = matmul_tiling(136, inputs, 4096, 90, one_launch=True)
+    assert isinstance(tiling, MatmulTiling)
+    assert (tiling.tokens, tiling.unroll) == (64, unroll)
+    assert inputs // 2 % (tiling.row_bytes * unroll) == 0
