@@ -92,11 +92,10 @@ def matmul_specs(capability: int, *, tune: bool) -> Iterator[KernelSpec]:
 
 
 def _tilings(tokens: int, inputs: int, outputs: int, capability: int, *, tune: bool) -> list[Tiling]:
-    if tune:
-        return [*candidate_tilings(tokens, inputs, outputs, capability)]
     # A TensorRT plugin is one launch.
     both = (matmul_tiling(tokens, inputs, outputs, capability, one_launch=one) for one in (False, True))
-    return list(dict.fromkeys(both))
+    candidates = candidate_tilings(tokens, inputs, outputs, capability) if tune else []
+    return list(dict.fromkeys([*both, *candidates]))
 
 
 class MatmulBench:

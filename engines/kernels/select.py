@@ -38,7 +38,7 @@ _UNIT: tl.constexpr = tl.constexpr(UNIT)
 _FULL: tl.constexpr = tl.constexpr(FULL)
 _FLOOR: tl.constexpr = tl.constexpr(FLOOR)
 _MARGIN: tl.constexpr = tl.constexpr(MARGIN)
-# What `sqrt.rn` is compiled to, without its way out for numbers that are not normal: at every number it would wait.
+# What `sqrt.rn` is compiled to, without the branch for numbers that are not normal, at which every root would wait.
 _ROOT_PTX = tl.constexpr("""
 {
 .reg .f32 inverse, root, half, rest;
@@ -160,7 +160,7 @@ def _scale(square):
 
 @triton.jit
 def _root(square, USE_PTX: tl.constexpr):
-    """The square root, rounded to nearest, of numbers of at least 1."""
+    """The square root, rounded to nearest, of normal numbers: on an H100 of every integer from 1,024 to 2^23."""
     if USE_PTX:
         root = tl.inline_asm_elementwise(_ROOT_PTX, "=f,f", [square], dtype=tl.float32, is_pure=True, pack=1)
     else:
