@@ -14,10 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from qavp_export.calibration import CalibrationItem, CalibrationSet, demo_calibration, read_calibration
+from qavp_export.calibration import CalibrationItem, CalibrationSet, read_calibration
 from qavp_export.errors import CalibrationError, InputError
 
-SAMPLES = Path(__file__).parents[2] / "examples" / "shapes_vqa" / "samples"
 ALL = 1000
 
 JSON = st.recursive(
@@ -379,23 +378,3 @@ class TestPlaces:
 
         monkeypatch.setattr(Path, "open", refuse)
         assert message(table) == f"cannot read {table}: Permission denied; check the file and its permissions"
-
-
-class TestDemo:
-    def test_every_question_about_every_picture_is_an_item(self) -> None:
-        lines = (SAMPLES / "questions.jsonl").read_text(encoding="utf-8").splitlines()
-        drawn = demo_calibration(ALL, seed=0)
-        read = sorted((item.images[0].name, item.prompt, item.answer) for item in drawn.items)
-        records = map(json.loads, lines)
-        assert read == sorted((record["image"], record["question"], record["answer"]) for record in records)
-        assert len(read) == 72
-        assert drawn.name == "shapes_vqa"
-
-    def test_the_shipped_pictures_are_those_of_the_example(self) -> None:
-        for item in demo_calibration(ALL, seed=0).items:
-            assert item.images[0].read_bytes() == (SAMPLES / item.images[0].name).read_bytes()
-
-    def test_a_seed_draws_the_same_items_and_another_one_draws_others(self) -> None:
-        assert demo_calibration(9, seed=3) == demo_calibration(9, seed=3)
-        # Equal draws of 9 of 72 in order have probability 64! / 72! = 2.4e-16.
-        assert prompts(demo_calibration(9, seed=3)) != prompts(demo_calibration(9, seed=4))

@@ -14,11 +14,7 @@ import pytest
 
 from qavp_export.engines.lowering.linear import quantized_linears
 from qavp_export.engines.lowering.split import remove_unused
-from qavp_export.engines.tensorrt.functions import (
-    PLUGIN_ATTRIBUTES,
-    QUANTIZE_TWO_LEVEL,
-    W4A4_MATMUL,
-)
+from qavp_export.engines.tensorrt.functions import PLUGIN_ATTRIBUTES, QUANTIZE_TWO_LEVEL, W4A4_MATMUL
 from qavp_export.engines.tensorrt.lowering.linear import LoweredLinears, lower_linears
 from qavp_export.families import Plan
 from qavp_export.numerics.rotation import orthogonal
