@@ -110,6 +110,44 @@ def _tile_multipliers(multipliers, group, row, column, BYTES: tl.constexpr, GROU
 
 
 @triton.jit
+def _unpacked_tile(
+    weight,
+    multipliers,
+    row,
+    first,
+    BYTES: tl.constexpr,
+    GROUP: tl.constexpr,
+    INPUTS: tl.constexpr,
+    EVEN: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """Loads and unpacks a tile, `[BLOCK_N, BYTES]` from byte `first` of rows; beyond a row's last byte codes are -8."""
+    ROW_BYTES: tl.constexpr = INPUTS // 2
+    column = tl.arange(0, BYTES)
+    offsets = row[:, None] * ROW_BYTES + column[None, :]
+    if EVEN:
+        packed = tl.load(weight + first + offsets)
+    else:
+        packed = tl.load(weight + first + offsets, mask=(column < ROW_BYTES - first)[None, :], other=0)
+    group = first // (GROUP // 2)
+    factor = _tile_multipliers(multipliers, group, row, column, BYTES, GROUP, INPUTS // GROUP)
+    return _unpack(packed, factor, USE_PTX)
+
+
+@triton.jit
+def _part_of_row(part, ROW_BYTES: tl.constexpr, STEP: tl.constexpr, SPLIT_K: tl.constexpr):
+    """Returns the first byte of a part of K and the one behind its last."""
+    if SPLIT_K == 1:
+        begin = 0
+        end = ROW_BYTES
+    else:
+        PART: tl.constexpr = (ROW_BYTES + STEP * SPLIT_K - 1) // (STEP * SPLIT_K) * STEP
+        begin = part * PART
+        end = tl.minimum(begin + PART, ROW_BYTES)
+    return begin, end
+
+
+@triton.jit
 def _load_products(products, offsets, remaining, BYTES: tl.constexpr, EVEN: tl.constexpr):
     """Loads channels of a tile `[BYTES or 2 BYTES, tokens]`; those beyond the last byte of a row are 0."""
     if EVEN:
@@ -179,64 +217,44 @@ def w4a4_matmul(
     JOIN: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """One tile of y, or of its sums over one of SPLIT_K parts of K.
-
-    A program has BLOCK_T tokens and EXTRA_T more: tiles are powers of two, token counts are not.
-    """
+    """One tile of y, or of its sums over a part of K. A program has BLOCK_T tokens and EXTRA_T more."""
+    part = tl.program_id(1)
     HALF: tl.constexpr = GROUP // 2
     ROW_BYTES: tl.constexpr = INPUTS // 2
-    GROUPS: tl.constexpr = INPUTS // GROUP
-    ROW_BLOCKS: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
     STEP: tl.constexpr = BYTES * UNROLL
-    PART: tl.constexpr = (ROW_BYTES + STEP * SPLIT_K - 1) // (STEP * SPLIT_K) * STEP
     EVEN: tl.constexpr = ROW_BYTES % STEP == 0
-    part = tl.program_id(1)
-    token_block, row_block = _tile_place(tl.cdiv(tokens, BLOCK_T + EXTRA_T), ROW_BLOCKS, BAND)
+    token_block, row_block = _tile_place(tl.cdiv(tokens, BLOCK_T + EXTRA_T), (OUTPUTS + BLOCK_N - 1) // BLOCK_N, BAND)
     first_token = token_block.to(tl.int64) * (BLOCK_T + EXTRA_T)
     first_row = row_block * BLOCK_N
     # Rows beyond the last repeat the last: their sums are not stored.
     row = tl.minimum(tl.arange(0, BLOCK_N), OUTPUTS - 1 - first_row)
     last_token = (tokens - 1 - first_token).to(tl.int32)
-    column = tl.arange(0, BYTES)
     # One scalar pointer that moves and offsets that do not take fewer registers than a tile of pointers.
     weight += first_row.to(tl.int64) * ROW_BYTES
-    multipliers += first_row.to(tl.int64) * GROUPS
+    multipliers += first_row.to(tl.int64) * (INPUTS // GROUP)
     products += first_token * INPUTS
-    weights = row[:, None] * ROW_BYTES + column[None, :]
     channel = _tile_channels(GROUP, BYTES, JOIN)
     token = _existing_tokens(tl.arange(0, BLOCK_T), last_token, first_token, BLOCK_T + EXTRA_T)
     main = token[None, :] * INPUTS + channel[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_T), dtype=tl.int32)
+    # Tiles are powers of two, token counts are not.
     if EXTRA_T > 0:
         extra = _existing_tokens(BLOCK_T + tl.arange(0, EXTRA_T), last_token, first_token, BLOCK_T + EXTRA_T)
         beside = extra[None, :] * INPUTS + channel[:, None]
-        extra_acc = tl.zeros((BLOCK_N, EXTRA_T), dtype=tl.int32)
-    if SPLIT_K == 1:
-        begin = 0
-        end = ROW_BYTES
-    else:
-        begin = part * PART
-        end = tl.minimum(begin + PART, ROW_BYTES)
+        more = tl.zeros((BLOCK_N, EXTRA_T), dtype=tl.int32)
+    begin, end = _part_of_row(part, ROW_BYTES, STEP, SPLIT_K)
     for start in range(begin, end, STEP):
         for i in tl.static_range(UNROLL):
             first = start + i * BYTES
-            group = first // HALF
-            shift = group * HALF + first
+            shift = first // HALF * HALF + first
             remaining = ROW_BYTES - first
-            if EVEN:
-                packed = tl.load(weight + first + weights)
-            else:
-                packed = tl.load(weight + first + weights, mask=(column < remaining)[None, :], other=0)
-            factor = _tile_multipliers(multipliers, group, row, column, BYTES, GROUP, GROUPS)
-            low, high = _unpack(packed, factor, USE_PTX)
+            low, high = _unpacked_tile(weight, multipliers, row, first, BYTES, GROUP, INPUTS, EVEN, USE_PTX)
             acc = _accumulate(acc, low, high, products + shift, main, remaining, HALF, BYTES, EVEN, JOIN)
             if EXTRA_T > 0:
-                extra_acc = _accumulate(
-                    extra_acc, low, high, products + shift, beside, remaining, HALF, BYTES, EVEN, JOIN
-                )
+                more = _accumulate(more, low, high, products + shift, beside, remaining, HALF, BYTES, EVEN, JOIN)
     _store_tile(acc, steps, scales, tokens, output, first_token, first_row, part, OUTPUTS)
     if EXTRA_T > 0:
-        _store_tile(extra_acc, steps, scales, tokens, output, first_token + BLOCK_T, first_row, part, OUTPUTS)
+        _store_tile(more, steps, scales, tokens, output, first_token + BLOCK_T, first_row, part, OUTPUTS)
 
 
 @triton.jit
