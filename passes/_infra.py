@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -201,6 +201,18 @@ def upstream(value: ir.Value) -> set[ir.Node]:
             seen.add(node)
             pending.extend(node.predecessors())
     return seen
+
+
+def downstream(nodes: Iterable[ir.Node]) -> list[ir.Node]:
+    """Nodes and all that depend on them, each once."""
+    seen: dict[ir.Node, None] = {}
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen[node] = None
+            pending.extend(node.successors())
+    return list(seen)
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -15,6 +15,7 @@ from qavp_export.passes._infra import (
     Refusal,
     RewritePass,
     RewriteResult,
+    downstream,
     find_value,
     infer_shapes,
     insert_behind,
@@ -174,7 +175,7 @@ class SelectGather(RewritePass):
         features = find_value(model, self.at)
         tokens, width = with_shapes(model, lambda: token_grid(features))
         uses = [(use.node, use.idx) for use in features.uses() if use.node not in scoring]
-        dependents = list(_downstream([node for node, _ in uses]))
+        dependents = downstream(node for node, _ in uses)
         _require_flexible(dependents, tokens, self.at)
         kept = ir.SymbolicDim("kept") if self.keep_input else self._count(tokens)
         return SelectPlan(kept, width, uses, dependents)
@@ -254,17 +255,6 @@ def _unpruned_outputs(model: ir.Model, features: ir.Value, plan: SelectPlan) -> 
             reason = f"output {value.name!r} keeps its {tokens} tokens: it does not depend on {features.name!r}"
             refused.append(Refusal(node.name or "", reason))
     return refused
-
-
-def _downstream(nodes: list[ir.Node]) -> Iterator[ir.Node]:
-    seen: set[ir.Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node
-            pending.extend(node.successors())
 
 
 def _require_flexible(nodes: list[ir.Node], tokens: Dim, at: str) -> None:

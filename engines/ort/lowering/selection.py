@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import get_args
 
 import onnx_ir as ir
 
 from qavp_export.engines.lowering.split import remove_unused
 from qavp_export.numerics.diverse import Diversity
-from qavp_export.passes._infra import token_grid, upstream
+from qavp_export.passes._infra import downstream, token_grid, upstream
 from qavp_export.passes._linear import input_of
 from qavp_export.passes.functions import DOMAIN
 from qavp_export.passes.select_diverse import SELECT_DIVERSE, select_diverse
@@ -49,7 +48,7 @@ def split_selection(model: ir.Model) -> tuple[ir.Model, ir.Model] | None:
         The encoder up to the features and their score, and the selection with all that depends on it; together they
         have the encoder's outputs. None where no diverse tokens are selected.
     """
-    dependents = _dependents(_selections(model))
+    dependents = set(downstream(_selections(model)))
     if not dependents:
         return None
     crossing = _read_from_outside(model.graph, dependents)
@@ -71,18 +70,6 @@ def split_selection(model: ir.Model) -> tuple[ir.Model, ir.Model] | None:
 
 def _selections(model: ir.Model) -> list[ir.Node]:
     return [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, SELECT_DIVERSE)]
-
-
-def _dependents(nodes: Iterable[ir.Node]) -> set[ir.Node]:
-    """Returns nodes and all that depend on them."""
-    found: set[ir.Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(node.successors())
-    return found
 
 
 def _read_from_outside(graph: ir.Graph, nodes: set[ir.Node]) -> list[ir.Value]:
