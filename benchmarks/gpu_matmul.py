@@ -142,12 +142,13 @@ class MatmulBench:
             Layer.draw(self._random, tokens, inputs, outputs, GROUP)
             for _ in range(sets_beyond_cache(inputs * outputs // 2))
         ]
-        for tiling in self._tilings(tokens, inputs, outputs):
+        tilings = self._tilings(tokens, inputs, outputs)
+        for tiling in tilings:
             bound = [self._launches(layer, tiling) for layer in layers]
             each = len(bound[0][0])
             time = each * time_launches([launch for launches, _ in bound for launch in launches])
             name = f"w4a4_matmul {_words(tiling)}" if self._tune else "w4a4_matmul"
-            if not self._tune and tiling != self._tilings(tokens, inputs, outputs)[0]:
+            if not self._tune and tiling != tilings[0]:
                 name += ", one launch"
             yield Timing(name, case, time, "times faster than cuBLAS fp16", cublas / time, GOALS.get(tokens))
 

@@ -16,6 +16,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
 from qavp_export.engines.kernels.compile import KernelSpec
+from qavp_export.engines.kernels.rounding import ROUND
 from qavp_export.engines.kernels.types import load_values
 from qavp_export.errors import InputError
 
@@ -66,8 +67,7 @@ def quantize_two_level(
     for tile in tl.static_range(TILES):
         ratio = tl.ceil(tl.div_rn(tl.div_rn(_amplitudes(held[tile]), 7.0), divisor))
         multiplier = tl.minimum(tl.maximum(ratio, 1.0), 15.0)[None, :, None, None]
-        # Adding and subtracting 1.5 * 2^23 rounds to an integer, half-way cases to even.
-        code = tl.div_rn(held[tile], multiplier * divisor) + 12582912.0 - 12582912.0
+        code = tl.div_rn(held[tile], multiplier * divisor) + ROUND - ROUND
         product = tl.minimum(tl.maximum(code, -8.0), 7.0) * multiplier
         within_token = group < GROUPS - tile * TILE_GROUPS
         tl.store(products + offsets + tile * TILE_GROUPS * GROUP, product.to(tl.int8), mask=within_token)

@@ -21,6 +21,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
 from qavp_export.engines.kernels.compile import KernelSpec
+from qavp_export.engines.kernels.rounding import ROUND
 from qavp_export.engines.kernels.types import load_values
 from qavp_export.errors import InputError
 from qavp_export.numerics.score import ScoreInput, check_score_settings
@@ -173,8 +174,7 @@ def _inverse_rms(
 def _residual(values, scale):
     """What simulated INT4 loses of each value."""
     inverse = 1.0 / (scale + 1e-8)
-    # Adding and subtracting 1.5 * 2^23 rounds to an integer, half-way cases to even.
-    code = tl.fma(values, inverse, 12582912.0) - 12582912.0
+    code = tl.fma(values, inverse, ROUND) - ROUND
     return tl.fma(code, -scale, values)
 
 

@@ -18,7 +18,8 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
 from qavp_export.engines.kernels.compile import KernelSpec
-from qavp_export.engines.kernels.similarity import ROUND, check_tokens
+from qavp_export.engines.kernels.rounding import ROUND
+from qavp_export.engines.kernels.similarity import check_tokens
 from qavp_export.errors import InputError
 from qavp_export.numerics.diverse import FLOOR, FULL, MARGIN, MOST_KEPT, UNIT
 

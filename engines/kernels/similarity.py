@@ -13,6 +13,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
 from qavp_export.engines.kernels.compile import KernelSpec
+from qavp_export.engines.kernels.rounding import ROUND
 from qavp_export.engines.kernels.types import load_values
 from qavp_export.errors import InputError
 from qavp_export.numerics.diverse import HASH, LARGEST_CODE, TINY, code_width, padded_width
@@ -27,8 +28,6 @@ _THREAD_CHANNELS = 32
 # Tokens by tokens of a tile of products, and channels of one step: three stages are 48 KB of shared memory.
 _TILE_TOKENS = 64
 _TILE_CHANNELS = 128
-# Adding and subtracting 1.5 * 2^23 rounds to an integer, half-way cases to even.
-ROUND: tl.constexpr = tl.constexpr(12582912.0)
 _TINY: tl.constexpr = tl.constexpr(TINY)
 _LEVELS: tl.constexpr = tl.constexpr(float(LARGEST_CODE))
 _HASH: tl.constexpr = tl.constexpr(HASH[0])
@@ -118,9 +117,9 @@ def token_codes_spec(dtype: str, width: int) -> KernelSpec:
     warps = min(_MOST_WARPS, max(1, padded // (_WARP * _THREAD_CHANNELS)))
     block = min(padded, padded_width(kept))
     folds = (padded // block).bit_length() - 1
-    constants: dict[str, int | float | bool | None]
     constants = {"WIDTH": width, "CODES": kept, "BLOCK": block, "FOLDS": folds}
-    return _spec("token_codes", {"features": f"*{dtype}", "codes": "*i8"}, constants, warps)
+    signature = {"features": f"*{dtype}", "codes": "*i8"}
+    return KernelSpec(__name__, "token_codes", signature, constants, warps, 1, frozenset(signature))
 
 
 def token_codes_grid(tokens: int) -> tuple[int, int, int]:
@@ -145,7 +144,8 @@ def token_products_spec(tokens: int, width: int) -> KernelSpec:
     # A product of the tensor cores takes 32 channels.
     channels = max(32, min(_TILE_CHANNELS, triton.next_power_of_2(width)))
     constants = {"TOKENS": tokens, "WIDTH": width, "TILE": _TILE_TOKENS, "CHANNELS": channels}
-    return _spec("token_products", {"codes": "*i8", "products": "*fp32"}, constants, 4, num_stages=3)
+    signature = {"codes": "*i8", "products": "*fp32"}
+    return KernelSpec(__name__, "token_products", signature, constants, 4, 3, frozenset(signature))
 
 
 def token_products_grid(images: int, tokens: int) -> tuple[int, int, int]:
@@ -162,13 +162,3 @@ def check_tokens(tokens: int) -> None:
     """
     if not 1 <= tokens <= MOST_TOKENS:
         raise InputError(f"the selection kernels take at most {MOST_TOKENS} tokens of an image, not {tokens}")
-
-
-def _spec(
-    function: str,
-    signature: dict[str, str],
-    constants: dict[str, int | float | bool | None],
-    warps: int,
-    num_stages: int = 1,
-) -> KernelSpec:
-    return KernelSpec(__name__, function, signature, constants, warps, num_stages, frozenset(signature))

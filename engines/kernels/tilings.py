@@ -111,15 +111,15 @@ def _busy(tokens: int, inputs: int, rows: int, join: bool) -> MatmulTiling:
     """
     if tokens <= 16:
         return MatmulTiling(16, 0, 64, num_warps=4, num_stages=5, join=join)
-    fitting = [block for block in _BUSY_BLOCKS if rows * -(-tokens // block) >= _BUSY_PROGRAMS]
-    block = fitting[-1] if fitting else _BUSY_BLOCKS[0]
+    programs = {block: rows * -(-tokens // block) for block in _BUSY_BLOCKS}
+    block = max((block for block in _BUSY_BLOCKS if programs[block] >= _BUSY_PROGRAMS), default=_BUSY_BLOCKS[0])
     tiling = MatmulTiling(block, 0, 64, num_warps=4, num_stages=5, join=join)
     # The fewer programs share a multiprocessor, the more tiles each must have in flight.
     if block == 64:
         halves = inputs % (4 * tiling.row_bytes) == 0
         return replace(tiling, num_stages=3, unroll=2) if halves else replace(tiling, num_stages=4)
     if block == 128:
-        return replace(tiling, num_stages=4 if rows * -(-tokens // block) <= _WIDE_PROGRAMS else 3)
+        return replace(tiling, num_stages=4 if programs[block] <= _WIDE_PROGRAMS else 3)
     return tiling
 
 
