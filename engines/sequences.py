@@ -81,12 +81,13 @@ def last_positions(lengths: IntArray, longest: int, keep: int) -> IntArray:
     return found
 
 
-def to_right(array: Array, lengths: IntArray) -> Array:
-    """Moves the padding of `[B,S,...]` from the left to the right."""
+def to_right(array: Array, lengths: IntArray, columns: int = 0) -> Array:
+    """Moves the padding of `[B,S,...]` from the left to the right, and adds to it up to so many columns."""
     longest = array.shape[1]
-    if (lengths == longest).all():
+    columns = max(columns, longest)
+    if columns == longest and (lengths == longest).all():
         return array
-    moved = np.zeros_like(array)
+    moved = np.zeros((len(array), columns, *array.shape[2:]), array.dtype)
     for row, length in enumerate(lengths):
         moved[row, :length] = array[row, longest - length :]
     return moved

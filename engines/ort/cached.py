@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qavp_export.engines import TOKEN_TYPES, FloatArray, IntArray
 from qavp_export.engines.ort.codes import encode
 from qavp_export.engines.ort.encoders import OrtEmbedding
+from qavp_export.engines.ort.plan import LEAST_PROMPT
 from qavp_export.engines.ort.session import Graph
 from qavp_export.engines.sequences import (
     cache_names,
@@ -90,19 +91,20 @@ class CachedSession:
         """
         lengths = lengths_of(attention_mask)
         rows, longest = attention_mask.shape
+        columns = max(longest, LEAST_PROMPT)
         # Codes get their own memory; until then there is only a prompt.
-        self._allocate(rows, longest if self._decoder.coded else max(longest, self._wanted))
+        self._allocate(rows, columns if self._decoder.coded else max(columns, self._wanted))
         inputs: dict[str, Array] = {
-            "inputs_embeds": to_right(inputs_embeds.astype(np.float32, copy=False), lengths),
-            "position_ids": to_right(position_ids.astype(np.int64, copy=False), lengths),
-            "attention_mask": to_right(attention_mask.astype(np.int64, copy=False), lengths),
-            TOKEN_TYPES: np.zeros_like(attention_mask),
+            "inputs_embeds": to_right(inputs_embeds.astype(np.float32, copy=False), lengths, columns),
+            "position_ids": to_right(position_ids.astype(np.int64, copy=False), lengths, columns),
+            "attention_mask": to_right(attention_mask.astype(np.int64, copy=False), lengths, columns),
+            TOKEN_TYPES: np.zeros((rows, columns), np.int64),
             "logit_positions": last_positions(lengths, longest, logits_to_keep),
             "seqlens_k": (lengths - 1).astype(np.int32),
-            "total_sequence_length": np.array(longest, np.int32),
+            "total_sequence_length": np.array(columns, np.int32),
         }
         if token_type_ids is not None:
-            inputs[TOKEN_TYPES] = to_right(token_type_ids.astype(np.int64, copy=False), lengths)
+            inputs[TOKEN_TYPES] = to_right(token_type_ids.astype(np.int64, copy=False), lengths, columns)
         logits = self._run_prompts(inputs)
         if self._decoder.coded:
             self._encode(lengths)

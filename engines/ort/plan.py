@@ -20,6 +20,8 @@ CPU_FOLDER = "engines/ort-cpu"
 CUDA_FOLDER = "engines/ort-cuda"
 # The graph that takes what the vision encoder's returns, where that ends before tokens are selected.
 SELECTION = "selection"
+# Fewest tokens, padding among them, that graphs for prompts take: attention has as many tiles.
+LEAST_PROMPT = 4
 
 
 @dataclass(frozen=True)

@@ -121,9 +121,11 @@ def test_sequences_do_not_see_their_batch(decoders: Decoders, coded: CachedDecod
             prompt.answer[row : row + 1],
         )
         session = CachedSession(coded, 0)
-        found = [decoders.prefill(session, alone)[:, -1], *decoders.answer(session, alone)]
-        for actual, wanted in zip(found, logits, strict=True):
-            check_close(actual, wanted[row : row + 1])
+        check_close(decoders.prefill(session, alone)[:, -1], logits[0][row : row + 1])
+        for actual, batched in zip(decoders.answer(session, alone), logits[1:], strict=True):
+            wanted = batched[row : row + 1]
+            # A prompt's float32 sums depend on its length, and codes next to a tie turn on them: by one of 127.
+            np.testing.assert_allclose(actual, wanted, rtol=0, atol=np.abs(wanted).max() / 127)
 
 
 def test_reordered_rows_keep_their_scales(decoders: Decoders, coded: CachedDecoder) -> None:

@@ -12,11 +12,13 @@ import onnx_ir as ir
 from qavp_export.engines.lowering.attention import AttentionSite, CachedTensor, static_size
 from qavp_export.engines.lowering.masks import MaskKind
 from qavp_export.engines.lowering.values import replace_value
+from qavp_export.engines.ort.lowering.bias import NEVER, causal_bias
 from qavp_export.engines.ort.lowering.capabilities import Capabilities
 from qavp_export.engines.ort.lowering.codes import CODED, CacheScales
+from qavp_export.engines.ort.lowering.heads import by_token, producer_of, replace_output, replace_present
+from qavp_export.engines.ort.lowering.prompts import SCATTER_OPSET, PromptTiles
 from qavp_export.errors import GraphError
 from qavp_export.passes._builder import Dim, NodeBuilder
-from qavp_export.passes._linear import input_of
 
 Phase: TypeAlias = Literal["prefill", "decode", "any"]
 
@@ -25,11 +27,6 @@ TOTAL = "total_sequence_length"
 
 _FLOAT, _INT8, _INT32, _INT64 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64
 _BATCH, _CAPACITY = ir.SymbolicDim("batch"), ir.SymbolicDim("capacity")
-_SWAP_HEADS = (0, 2, 1, 3)
-# What a key that is not seen adds to its logit.
-_NEVER = np.float32(-1e30)
-# The first opset with TensorScatter.
-_SCATTER_OPSET = 24
 
 
 def lower_attention(
@@ -47,7 +44,8 @@ def lower_attention(
     2. Attention becomes `GroupQueryAttention`. A causal mask, with or without a window, becomes the operator's own;
        another is added to the logits of a prompt, and a single text token sees what a causal one would.
     3. For single tokens whose query heads share keys, it is written out instead, each key read once for all its heads.
-    4. Where the cache holds 8-bit codes, the graph takes their scales too; see `CacheScales`.
+    4. For prompts alone, a causal mask becomes that of tiles, where the provider runs these fast; see `PromptTiles`.
+    5. Where the cache holds 8-bit codes, the graph takes their scales too; see `CacheScales`.
 
     What is no longer used stays in the graph.
 
@@ -69,6 +67,7 @@ def lower_attention(
     lengths = _Lengths.add(graph)
     _replace_past_shapes(graph, sites, lengths)
     writer = _Writer(graph, lengths, capabilities)
+    tiles = PromptTiles(graph, capabilities.prompt_tiles)
     for site in sites:
         kind = kinds[str(site.mask.name)]
         for tensor in (site.keys, site.values):
@@ -76,6 +75,8 @@ def lower_attention(
             tensor.past.shape = ir.Shape([_BATCH, site.heads[1], _CAPACITY, site.head_size])
         if phase == "decode" and site.heads[0] > site.heads[1] and capabilities.cache == _FLOAT:
             writer.write_out(site, kind)
+        elif phase == "prefill" and capabilities.prompt_tiles and kind.causal and not site.softcap:
+            tiles.write(site, kind)
         else:
             writer.group_queries(site, kind, added=not kind.causal and phase == "prefill")
 
@@ -114,12 +115,12 @@ class _Writer:
 
     def group_queries(self, site: AttentionSite, kind: MaskKind, *, added: bool) -> None:
         """Puts GroupQueryAttention in the place of a layer's attention; `added`: its mask is added to the logits."""
-        anchor = _producer(site.output)
+        anchor = producer_of(site.output)
         bias = self._bias_of_mask(site.mask, anchor) if added else None
         builder = NodeBuilder(f"{anchor.name}/cached")
         dtype = self._capabilities.attention
         tensors = (("query", site.query), ("key", site.keys.new), ("value", site.values.new))
-        new = [_by_token(builder, name, value) for name, value in tensors]
+        new = [by_token(builder, name, value) for name, value in tensors]
         scales = CacheScales.add(self._graph, site) if self._capabilities.cache == _INT8 else None
         if scales is not None:
             new = scales.divide(builder, *new)
@@ -153,12 +154,12 @@ class _Writer:
         if scales is not None:
             result = scales.multiply(builder, result)
         self._graph.insert_before(anchor, builder.nodes)
-        _replace_present(site, present)
-        _replace_output(site, result)
+        replace_present(site, present)
+        replace_output(site, result)
 
     def write_out(self, site: AttentionSite, kind: MaskKind) -> None:
         """Writes attention of a single token out, with the query heads that share keys as rows of one product."""
-        anchor = _producer(site.output)
+        anchor = producer_of(site.output)
         bias = self._bias_of_window(kind.window, anchor)
         builder = NodeBuilder(f"{anchor.name}/cached")
         heads, shared = site.heads
@@ -180,9 +181,9 @@ class _Writer:
         flat = builder.ints("flat", [0, 1, heads * site.head_size])
         result = builder.op("output", "Reshape", [output, flat], _FLOAT, (_BATCH, 1, heads * site.head_size))
         self._graph.insert_before(anchor, builder.nodes)
-        self._graph.opset_imports[""] = max(self._graph.opset_imports[""], _SCATTER_OPSET)
-        _replace_present(site, present)
-        _replace_output(site, result)
+        self._graph.opset_imports[""] = max(self._graph.opset_imports[""], SCATTER_OPSET)
+        replace_present(site, present)
+        replace_output(site, result)
 
     def _scatter(self, builder: NodeBuilder, name: str, tensor: CachedTensor) -> ir.Value:
         """Writes what is new behind what is filled."""
@@ -201,7 +202,7 @@ class _Writer:
             return mask
         if str(mask.name) not in self._of_masks:
             builder = NodeBuilder(f"{mask.name}/bias")
-            seen, never = builder.constant("seen", np.float32(0)), builder.constant("never", _NEVER)
+            seen, never = builder.constant("seen", np.float32(0)), builder.constant("never", NEVER)
             shape = tuple(mask.shape or ())
             self._of_masks[str(mask.name)] = builder.op("Where", "Where", [mask, seen, never], _FLOAT, shape)
             self._graph.insert_before(anchor, builder.nodes)
@@ -219,14 +220,7 @@ class _Writer:
             column = builder.ints("column", [-1, 1, 1, 1])
             last = builder.op("Cast", "Cast", [self._lengths.sequences], _INT64, (_BATCH,), {"to": int(_INT64)})
             last = builder.op("last", "Reshape", [last, column], _INT64, (_BATCH, 1, 1, 1))
-            seen = builder.op("LessOrEqual", "LessOrEqual", [keys, last], ir.DataType.BOOL, shape)
-            if window is not None:
-                width = builder.constant("width", np.int64(window))
-                before = builder.op("Sub", "Sub", [last, width], _INT64, (_BATCH, 1, 1, 1))
-                within = builder.op("Greater", "Greater", [keys, before], ir.DataType.BOOL, shape)
-                seen = builder.op("And", "And", [seen, within], ir.DataType.BOOL, shape)
-            nothing, never = builder.constant("nothing", np.float32(0)), builder.constant("never", _NEVER)
-            self._of_windows[window] = builder.op("Where", "Where", [seen, nothing, never], _FLOAT, shape)
+            self._of_windows[window] = causal_bias(builder, keys, last, window, shape)
             self._graph.insert_before(anchor, builder.nodes)
         return self._of_windows[window]
 
@@ -254,59 +248,12 @@ def _replace_past_shapes(graph: ir.Graph, sites: Sequence[AttentionSite], length
                 replace_value(shape.outputs[0], part)
 
 
-def _by_token(builder: NodeBuilder, name: str, value: ir.Value) -> ir.Value:
-    """Returns `[B,H,S,d]` as `[B,S,H*d]`; where it was made of that, what it was made of."""
-    node, shape = value.producer(), tuple(value.shape or ())
-    heads, channels = static_size(value, 1), static_size(value, 3)
-    flat = (shape[0], shape[2], heads * channels)
-    if node is not None and node.op_type == "RotaryEmbedding" and len(node.inputs) == 3:
-        inputs = [_by_token(builder, f"{name}_unrotated", input_of(node, 0)), input_of(node, 1), input_of(node, 2)]
-        attributes = {key: node.attributes.get_int(key, 0) for key in ("interleaved", "rotary_embedding_dim")}
-        return builder.op(
-            f"{name}_rotated", "RotaryEmbedding", inputs, _FLOAT, flat, {**attributes, "num_heads": heads}
-        )
-    target = builder.ints(f"{name}_flat", [0, 0, heads * channels])
-    if node is not None and node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == _SWAP_HEADS:
-        by_token = input_of(node, 0)
-        split = by_token.producer()
-        source = input_of(split, 0) if split is not None and split.op_type == "Reshape" else None
-        if source is not None and source.shape is not None and len(source.shape) == 3:
-            return source
-        return builder.op(f"{name}_joined", "Reshape", [by_token, target], _FLOAT, flat)
-    turned = (shape[0], shape[2], heads, channels)
-    by_token = builder.op(f"{name}_turned", "Transpose", [value], _FLOAT, turned, {"perm": _SWAP_HEADS})
-    return builder.op(f"{name}_joined", "Reshape", [by_token, target], _FLOAT, flat)
-
-
 def _one_token(builder: NodeBuilder, name: str, value: ir.Value, heads: int, rows: int) -> ir.Value:
     """Returns `[B,H,1,d]`, heads of a single token, as `[B,heads,rows,d]`."""
     channels = static_size(value, 3)
     target = builder.ints(f"{name}_rows", [0, heads, rows, channels])
-    by_token = _by_token(builder, name, value)
-    return builder.op(f"{name}_split", "Reshape", [by_token, target], _FLOAT, (_BATCH, heads, rows, channels))
-
-
-def _replace_output(site: AttentionSite, result: ir.Value) -> None:
-    """Puts `[B,S,H*d]` in the place of what the decoder makes of attention's `[B,H,S,d]`."""
-    for turned in [node for node in site.output.consumers() if node.op_type == "Transpose"]:
-        for joined in [node for node in turned.outputs[0].consumers() if node.op_type == "Reshape"]:
-            shape = joined.outputs[0].shape
-            if shape is not None and len(shape) == 3:
-                replace_value(joined.outputs[0], result)
-    left = [node for node in site.output.consumers() if node.op_type != "Transpose" or _is_read(node)]
-    if left:
-        raise GraphError(f"{site.output.name!r} is read by {left[0].name!r}, which does not join its heads")
-
-
-def _is_read(node: ir.Node) -> bool:
-    """Whether anything that counts reads a node's output."""
-    return any(reader.op_type != "Reshape" or reader.outputs[0].uses() for reader in node.outputs[0].consumers())
-
-
-def _replace_present(site: AttentionSite, present: Sequence[ir.Value]) -> None:
-    for tensor, value in zip((site.keys, site.values), present, strict=True):
-        value.shape, value.type = tensor.past.shape, tensor.past.type
-        replace_value(tensor.present, value)
+    flat = by_token(builder, name, value)
+    return builder.op(f"{name}_split", "Reshape", [flat, target], _FLOAT, (_BATCH, heads, rows, channels))
 
 
 def _cast(builder: NodeBuilder, name: str, value: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -317,10 +264,3 @@ def _cast(builder: NodeBuilder, name: str, value: ir.Value, dtype: ir.DataType) 
 
 def _past(graph: ir.Graph) -> ir.Value:
     return next(value for value in graph.inputs if str(value.name).startswith("past_key_values."))
-
-
-def _producer(value: ir.Value) -> ir.Node:
-    node = value.producer()
-    if node is None:
-        raise TypeError(f"{value.name} is not computed")
-    return node
