@@ -105,7 +105,8 @@ class Bench:
     Attributes:
         work: The folder for checkpoints, bundles and environments.
         threads: Threads of every contestant.
-        repeats: Runs that count, in each process.
+        repeats: Fewest runs that count, in each process.
+        seconds: How long these take at least.
         kv_cache: Type of keys and values of our engine; None: its default.
         llama: The environment of llama.cpp, or why there is none; None where nobody asked for it.
         steps: Tells what is being done.
@@ -114,6 +115,7 @@ class Bench:
     work: Path
     threads: int
     repeats: int
+    seconds: float
     kv_cache: str | None
     llama: Llama | UnavailableError | None
     steps: Steps
@@ -156,7 +158,8 @@ class Bench:
 
     def _prepare(self, shape: str, name: Contestant, entry: Entry) -> list[str]:
         """Makes what a contestant runs on, where it is not there yet, and returns its command."""
-        task: dict[str, Any] = {"tokens": ANSWER_TOKENS, "threads": self.threads, "repeats": self.repeats}
+        task: dict[str, Any] = {"tokens": ANSWER_TOKENS, "threads": self.threads}
+        task |= {"repeats": self.repeats, "seconds": self.seconds}
         if name in (Contestant.LLAMA, Contestant.LLAMA_SHORT):
             llama = self.llama
             if not isinstance(llama, Llama):
@@ -287,7 +290,8 @@ app = typer.Typer(add_completion=False)
 def main(
     large: Annotated[bool, typer.Option("--large", help=f"Measure {LARGE} too.")] = False,
     only: Annotated[list[Contestant] | None, typer.Option(help="Measure this contestant; repeatable.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs that count, in each of two processes.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Fewest runs that count, in each of two processes.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0, help="Least time that they take: quick ones are more.")] = 15.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each; default: as many as cores.")] = None,
     kv_cache: Annotated[str | None, typer.Option(help="Keys and values of our engine: float32 or int8.")] = None,
     llama_wheel: Annotated[
@@ -314,7 +318,7 @@ def main(
                 llama = install_llama(folder, llama_wheel)
             except UnavailableError as error:
                 llama = error
-        bench = Bench(folder, threads or len(os.sched_getaffinity(0)), repeats, kv_cache, llama, steps)
+        bench = Bench(folder, threads or len(os.sched_getaffinity(0)), repeats, seconds, kv_cache, llama, steps)
         details = _details(bench)
         results: dict[str, Mapping[Contestant, Entry]] = {}
         for shape in shapes:
@@ -336,6 +340,7 @@ def _details(bench: Bench) -> dict[str, Any]:
         "command": sys.argv,
         "threads": bench.threads,
         "repeats": bench.repeats,
+        "seconds": bench.seconds,
         "kv_cache": bench.kv_cache,
         "rounds": ROUNDS,
         "answer_tokens": ANSWER_TOKENS,
@@ -345,10 +350,11 @@ def _details(bench: Bench) -> dict[str, Any]:
 
 
 def _heading(results: Mapping[str, Mapping[Contestant, Entry]], bench: Bench) -> list[str]:
-    lines = [f"{bench.threads} threads; {bench.repeats} runs in each of {ROUNDS} processes"]
+    runs = f"{bench.repeats} runs or {bench.seconds:g} s, whichever is more"
+    lines = [f"{bench.threads} threads; {runs}, in each of {ROUNDS} processes"]
     if isinstance(bench.llama, Llama):
-        runs = [run for entries in results.values() for entry in entries.values() for run in entry.runs]
-        said = next((run.details["system_info"] for run in runs if "system_info" in run.details), "")
+        made = [run for entries in results.values() for entry in entries.values() for run in entry.runs]
+        said = next((run.details["system_info"] for run in made if "system_info" in run.details), "")
         lines.append(
             f"llama.cpp: {bench.llama.build}; {said} Output projection in Q6_K, as its Q4_0 quantization does."
         )

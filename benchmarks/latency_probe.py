@@ -30,7 +30,7 @@ class Contestant(Protocol):
 
 @dataclass
 class Timings:
-    """Seconds, one entry for each repeat.
+    """Seconds, one entry for each run.
 
     Attributes:
         vision: Pixels in memory to image features; empty without a vision tower.
@@ -45,31 +45,37 @@ class Timings:
     tpot: list[float] = field(default_factory=list)
 
 
-def measure(contestant: Contestant, repeats: int, tokens: int) -> dict[str, list[float]]:
+def measure(contestant: Contestant, repeats: int, seconds: float, tokens: int) -> dict[str, list[float]]:
     """Measures a contestant, after a run that does not count.
 
     Args:
         contestant: A loaded model.
-        repeats: Runs that count.
+        repeats: Fewest runs that count.
+        seconds: How long they take at least, all together: quick ones, which a passing disturbance hits hardest, are
+            more.
         tokens: Tokens after the first, in each.
     """
+    _run(contestant, tokens, Timings())
     timings = Timings()
-    for repeat in range(1 + repeats):
-        started = time.perf_counter()
-        token, ends = contestant.first_token()
-        steps: list[float] = []
-        for _ in range(tokens):
-            step = time.perf_counter()
-            token = contestant.next_token(token)
-            steps.append(time.perf_counter() - step)
-        if not repeat:
-            continue
-        if "vision" in ends:
-            timings.vision.append(ends["vision"] - started)
-        timings.prefill.append(ends["prefill"] - ends.get("embed", started))
-        timings.ttft.append(ends["prefill"] - started)
-        timings.tpot.append(statistics.median(steps))
+    end = time.perf_counter() + seconds
+    while len(timings.ttft) < repeats or time.perf_counter() < end:
+        _run(contestant, tokens, timings)
     return asdict(timings)
+
+
+def _run(contestant: Contestant, tokens: int, timings: Timings) -> None:
+    started = time.perf_counter()
+    token, ends = contestant.first_token()
+    steps: list[float] = []
+    for _ in range(tokens):
+        step = time.perf_counter()
+        token = contestant.next_token(token)
+        steps.append(time.perf_counter() - step)
+    if "vision" in ends:
+        timings.vision.append(ends["vision"] - started)
+    timings.prefill.append(ends["prefill"] - ends.get("embed", started))
+    timings.ttft.append(ends["prefill"] - started)
+    timings.tpot.append(statistics.median(steps))
 
 
 def resident(pid: int | None = None) -> dict[str, int]:

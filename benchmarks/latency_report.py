@@ -95,6 +95,11 @@ class Entry:
     skipped: str = ""
     failed: bool = False
 
+    @property
+    def count(self) -> int:
+        """Returns how many runs counted, in all processes."""
+        return sum(len(run.timings["ttft"]) for run in self.runs)
+
     def figures(self) -> dict[str, float | None]:
         """Returns medians of the times, None for what it does not have, and largest memory; empty without runs."""
         if self.skipped or not self.runs:
@@ -158,16 +163,16 @@ def print_table(shapes: Mapping[str, Entries], console: Console, heading: Sequen
     facts = machine()
     title = f"{facts['cores']} cores of {facts['cpu']}, {facts['memory_bytes'] / 2**30:.0f} GiB of memory"
     table = Table("", "decoder", title=title, box=None, pad_edge=False)
-    for column in ("tokens", *(column for column, _ in TIMES.values()), "load, s", "memory, GiB", "files, GB"):
+    for column in ("tokens", "runs", *(column for column, _ in TIMES.values()), "load, s", "memory, GiB", "files, GB"):
         table.add_column(column, justify="right")
     for shape, entries in shapes.items():
         for name, entry in entries.items():
-            table.add_row(TITLES[name], shape, f"{entry.prompt_tokens}", *_cells(entry))
+            table.add_row(TITLES[name], shape, f"{entry.prompt_tokens}", "" if entry.skipped else f"{entry.count}", *_cells(entry))
         for rival, entry in entries.items():
             gains = [_faster(entries, rival, time) for time in TIMES]
             if rival is not Contestant.OURS and any(gain is not None for gain in gains):
                 cells = ["" if gain is None else f"{gain:.2f} x" for gain in gains]
-                table.add_row(f"(a) faster than {TITLES[rival]}", shape, f"{entry.prompt_tokens}", *cells)
+                table.add_row(f"(a) faster than {TITLES[rival]}", shape, f"{entry.prompt_tokens}", "", *cells)
     console.print(table)
     for shape, entries in shapes.items():
         for name, entry in entries.items():

@@ -208,7 +208,7 @@ def main(task: Mapping[str, Any]) -> None:
         load = time.perf_counter() - started
         loaded = resident()
         details = {"prompt_tokens": len(prompt), **contestant.details()}
-    timings = measure(contestant, task["repeats"], task["tokens"])
+    timings = measure(contestant, task["repeats"], task["seconds"], task["tokens"])
     print(json.dumps({"load_s": load, "timings": timings, "resident_after_load": loaded, "details": details}))
 
 

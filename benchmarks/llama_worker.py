@@ -77,7 +77,7 @@ def main(task: dict[str, Any]) -> None:
     contestant = LlamaCpp(task["model"], task["prompt"], task["tokens"] + 1, task["threads"])
     load = time.perf_counter() - started
     loaded = resident()
-    timings = measure(contestant, task["repeats"], task["tokens"])
+    timings = measure(contestant, task["repeats"], task["seconds"], task["tokens"])
     details = {"prompt_tokens": task["prompt"], **contestant.details()}
     print(json.dumps({"load_s": load, "timings": timings, "resident_after_load": loaded, "details": details}))
 

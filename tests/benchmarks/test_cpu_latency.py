@@ -111,7 +111,9 @@ def test_a_head_that_is_no_matmul_is_refused(tmp_path: Path) -> None:
         write_last_logits(tmp_path)
 
 
-def test_the_first_run_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+# The runs that count end 1021 and 2037.5 s after the first.
+@pytest.mark.parametrize(("repeats", "seconds"), [(2, 0), (1, 1022), (2, 1)])
+def test_the_first_run_does_not_count(monkeypatch: pytest.MonkeyPatch, repeats: int, seconds: float) -> None:
     now = 0.0
 
     class Fake:
@@ -123,8 +125,8 @@ def test_the_first_run_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
             # The first run takes 100 times as long, as cold ones do.
             scale = 100 if self.runs == 1 else self.runs
             ends = {}
-            for name, seconds in (("vision", 2), ("embed", 0.5), ("prefill", 3)):
-                now += seconds * scale
+            for name, step in (("vision", 2), ("embed", 0.5), ("prefill", 3)):
+                now += step * scale
                 ends[name] = now
             return 5, ends
 
@@ -135,7 +137,7 @@ def test_the_first_run_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
             return token + 1
 
     monkeypatch.setattr("latency_probe.time.perf_counter", lambda: now)
-    assert latency_probe.measure(Fake(), 2, 5) == {
+    assert latency_probe.measure(Fake(), repeats, seconds, 5) == {
         "vision": [4, 6],
         "prefill": [6, 9],
         "ttft": [11, 16.5],
@@ -241,8 +243,8 @@ def test_table(entries: dict[Contestant, Entry], capsys: pytest.CaptureFixture[s
     print_table({"llava-1b": entries}, Console(width=170), ["built so"])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "built so"
-    assert "(a) ours, keep 0.125 llava-1b 136 2.000 8.000 10.0 50.0 1.000 1.50 (0.75) 3.00" in lines
-    assert "(e) llama.cpp Q4_0, dense llava-1b 640 24.0 30.0 150.0 3.000 3.00 (1.50) 3.00" in lines
+    assert "(a) ours, keep 0.125 llava-1b 136 3 2.000 8.000 10.0 50.0 1.000 1.50 (0.75) 3.00" in lines
+    assert "(e) llama.cpp Q4_0, dense llava-1b 640 1 24.0 30.0 150.0 3.000 3.00 (1.50) 3.00" in lines
     assert "(d) ONNX Runtime MatMulNBits, dense llava-1b 640 skipped" in lines
     assert "(a) faster than (c) ONNX Runtime fp32, dense llava-1b 640 22.00 x 22.00 x 22.00 x 22.00 x" in lines
     # llama.cpp has no tower: no TTFT to compare.
@@ -273,7 +275,7 @@ def test_rounds_run_in_opposite_order_and_go_on_after_a_failure(
     monkeypatch.setattr("cpu_latency.write_last_logits", lambda _: None)
     monkeypatch.setattr("cpu_latency.Manifest.read", lambda _: None)
     monkeypatch.setattr("cpu_latency.available_memory", lambda: 24 * 10**9)
-    bench = Bench(tmp_path, 1, 1, "int8", UnavailableError("no compiler"), Steps(Console(quiet=True), 0.0))
+    bench = Bench(tmp_path, 1, 1, 0.0, "int8", UnavailableError("no compiler"), Steps(Console(quiet=True), 0.0))
     entries = bench.measure("llava-1.5-7b", names)
     assert asked == ["ours", "ours-dense", "ort-nbits", "ort-nbits", "ours"]
     assert [len(entries[name].runs) for name in names] == [2, 0, 0, 2, 0]
@@ -295,7 +297,7 @@ def test_a_bundle_of_another_version_is_exported_again(tmp_path: Path, monkeypat
     (bundle / "qavp.json").write_text('{"schema_version": 1}', encoding="utf-8")
     (tmp_path / "llava-1b").mkdir()
     monkeypatch.setattr("cpu_latency.run", fake_run)
-    bench = Bench(tmp_path, 1, 1, None, None, Steps(Console(quiet=True), 0.0))
+    bench = Bench(tmp_path, 1, 1, 0.0, None, None, Steps(Console(quiet=True), 0.0))
     bench.measure("llava-1b", [Contestant.DENSE])
     # The exporter refuses a folder that exists.
     assert not bundle.exists()
@@ -336,7 +338,7 @@ def test_too_small_a_disk_is_one_line(
     assert "1 GB are free" in line
 
 
-@pytest.mark.parametrize("flag", ["--only=genai", "--repeats=0", "--llama-wheel=missing.whl"])
+@pytest.mark.parametrize("flag", ["--only=genai", "--repeats=0", "--seconds=-1", "--llama-wheel=missing.whl"])
 def test_a_wrong_flag_is_one_line(capsys: pytest.CaptureFixture[str], flag: str) -> None:
     assert run_command(app, "cpu_latency", [flag]) == 2
     (line,) = capsys.readouterr().err.splitlines()
