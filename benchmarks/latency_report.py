@@ -167,7 +167,8 @@ def print_table(shapes: Mapping[str, Entries], console: Console, heading: Sequen
         table.add_column(column, justify="right")
     for shape, entries in shapes.items():
         for name, entry in entries.items():
-            table.add_row(TITLES[name], shape, f"{entry.prompt_tokens}", "" if entry.skipped else f"{entry.count}", *_cells(entry))
+            count = "" if entry.skipped else f"{entry.count}"
+            table.add_row(TITLES[name], shape, f"{entry.prompt_tokens}", count, *_cells(entry))
         for rival, entry in entries.items():
             gains = [_faster(entries, rival, time) for time in TIMES]
             if rival is not Contestant.OURS and any(gain is not None for gain in gains):

@@ -95,32 +95,28 @@ def _nonzero(builder: NodeBuilder, scale: ir.Value, shape: tuple[Dim, ...]) -> i
 
 
 def _unsigned_products(builder: NodeBuilder, activation: Activation, scales: _Scales) -> ir.Value:
-    """Adds one pass over the floats and one over the codes; the result is around a zero point of 128."""
+    """Adds codes, times their multipliers if there are any, around a zero point of 128."""
     x, grid = activation.x, _grid(activation)
     shape = tuple(x.shape or ())
-    sizes = builder.op("Shape", "Shape", [scales.blocked], ir.DataType.INT64, (len(grid),))
-    value = {"value": ir.tensor(np.array([128], np.uint8))}
-    middle = ir.node("ConstantOfShape", [sizes], value, name=f"{activation.name}/products/middle")
-    middle.outputs[0].name = f"{middle.name}_output_0"
-    middle.outputs[0].dtype, middle.outputs[0].shape = _UINT8, ir.Shape(grid)
-    builder.nodes.append(middle)
     blocked = {"axis": -1, "block_size": activation.group_size}
-    codes = builder.op("codes", "QuantizeLinear", [x, scales.blocked, middle.outputs[0]], _UINT8, shape, blocked)
     if scales.multipliers is None:
-        return codes
-    leading, groups = _leading(activation), activation.groups
-    split = builder.ints("grid", [*_copied(leading), groups, activation.group_size])
-    column = builder.ints("column", [*_copied(leading), groups, 1])
-    by_group = builder.op("Reshape", "Reshape", [codes, split], _UINT8, (*grid, activation.group_size))
-    factors = builder.op("Cast", "Cast", [scales.multipliers], _UINT8, grid, {"to": int(_UINT8)})
-    factors = builder.op("Reshape_1", "Reshape", [factors, column], _UINT8, (*grid, 1))
-    one = builder.constant("one", np.float32(1))
-    zero, zero_point = builder.constant("zero", np.uint8(0)), builder.constant("zero_point", np.uint8(128))
-    inputs = [by_group, one, zero_point, factors, one, zero, one, zero_point]
-    products = builder.op(
-        "QLinearMul", "QLinearMul", inputs, _UINT8, (*grid, activation.group_size), domain="com.microsoft"
-    )
-    flat = builder.ints("flat", [*_copied(leading), activation.channels])
+        sizes = builder.op("Shape", "Shape", [scales.blocked], ir.DataType.INT64, (len(grid),))
+        value = {"value": ir.tensor(np.array([128], np.uint8))}
+        middle = ir.node("ConstantOfShape", [sizes], value, name=f"{activation.name}/products/middle")
+        middle.outputs[0].name = f"{middle.name}_output_0"
+        middle.outputs[0].dtype, middle.outputs[0].shape = _UINT8, ir.Shape(grid)
+        builder.nodes.append(middle)
+        return builder.op("codes", "QuantizeLinear", [x, scales.blocked, middle.outputs[0]], _UINT8, shape, blocked)
+    blocked["output_dtype"] = int(_INT8)
+    codes = builder.op("codes", "QuantizeLinear", [x, scales.blocked], _INT8, shape, blocked)
+    # Each row is a group, whose multiplier is its scale: to floats and back is faster than QLinearMul on bytes.
+    row = (ir.SymbolicDim("_".join(str(size) for size in grid)), activation.group_size)
+    by_group = builder.op("Reshape", "Reshape", [codes, builder.ints("rows", [-1, row[1]])], _INT8, row)
+    factors = builder.op("Reshape_1", "Reshape", [scales.multipliers, builder.ints("row", [-1])], _FLOAT, row[:1])
+    floats = builder.op("DequantizeLinear", "DequantizeLinear", [by_group, factors], _FLOAT, row, {"axis": 0})
+    one, zero_point = builder.constant("one", np.float32(1)), builder.constant("zero_point", np.uint8(128))
+    products = builder.op("QuantizeLinear", "QuantizeLinear", [floats, one, zero_point], _UINT8, row)
+    flat = builder.op("flat", "Shape", [x], ir.DataType.INT64, (len(shape),))
     return builder.op("Reshape_2", "Reshape", [products, flat], _UINT8, shape)
 
 
