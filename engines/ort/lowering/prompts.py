@@ -59,7 +59,8 @@ class PromptTiles:
     def __init__(self, graph: ir.Graph, count: int) -> None:
         self._graph = graph
         self._count = count
-        # Layers share them.
+        # What layers share comes in front of it, in the order in which it is made.
+        self._front = graph[0]
         self._tiles: list[_Tile] = []
         self._biases: dict[int | None, list[ir.Value]] = {}
 
@@ -97,7 +98,7 @@ class PromptTiles:
             if not self._tiles:
                 self._tiles = self._cut(builder)
             self._biases[window] = [self._bias(builder, tile, window) for tile in self._tiles]
-            self._graph.insert_before(self._graph[0], builder.nodes)
+            self._graph.insert_before(self._front, builder.nodes)
         return self._biases[window]
 
     def _cut(self, builder: NodeBuilder) -> list[_Tile]:
