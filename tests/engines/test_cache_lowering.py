@@ -22,7 +22,8 @@ from qavp_export.errors import GraphError, InputError
 from tests.engines.cached_decoders import Decoders, check_close
 from tests.engines.lowered import nodes_of, open_lowered
 from tests.engines.prompts import Prompt
-from tests.passes.decoders import hand_made, llama_decoder
+from tests.models.tiny import TinySpec
+from tests.passes.decoders import hand_made, llama_decoder, trace_decoder
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,13 @@ def test_lowered_graphs_have_no_concatenated_cache(decoders: Decoders) -> None:
             readers = {node.op_type for node in past.consumers()}
             assert "Concat" not in readers
             assert readers <= {"GroupQueryAttention", "TensorScatter", "Shape"}
+
+
+def test_prompts_of_heads_that_share_no_keys_are_not_cut_into_tiles(tmp_path: Path) -> None:
+    decoders = Decoders.of(*trace_decoder(TinySpec(kv_heads=6)), tmp_path)
+    model = decoders.lowering.body("prefill", "integer", CPU).model
+    assert len(nodes_of(model, "GroupQueryAttention")) == decoders.spec.num_layers
+    assert not nodes_of(model, "Attention")
 
 
 def _damaged(change: Callable[[ir.Graph], None]) -> ir.Model:

@@ -44,7 +44,8 @@ def lower_attention(
     2. Attention becomes `GroupQueryAttention`. A causal mask, with or without a window, becomes the operator's own;
        another is added to the logits of a prompt, and a single text token sees what a causal one would.
     3. For single tokens whose query heads share keys, it is written out instead, each key read once for all its heads.
-    4. For prompts alone, a causal mask becomes that of tiles, where the provider runs these fast; see `PromptTiles`.
+    4. For prompts alone, where query heads share keys, a causal mask becomes that of tiles; see `PromptTiles`. Without
+       sharing they save little, and long prompts take twice the memory.
     5. Where the cache holds 8-bit codes, the graph takes their scales too; see `CacheScales`.
 
     What is no longer used stays in the graph.
@@ -73,9 +74,10 @@ def lower_attention(
         for tensor in (site.keys, site.values):
             tensor.past.type = ir.TensorType(capabilities.cache)
             tensor.past.shape = ir.Shape([_BATCH, site.heads[1], _CAPACITY, site.head_size])
-        if phase == "decode" and site.heads[0] > site.heads[1] and capabilities.cache == _FLOAT:
+        sharing = site.heads[0] > site.heads[1]
+        if phase == "decode" and sharing and capabilities.cache == _FLOAT:
             writer.write_out(site, kind)
-        elif phase == "prefill" and capabilities.prompt_tiles and kind.causal and not site.softcap:
+        elif phase == "prefill" and sharing and capabilities.prompt_tiles and kind.causal and not site.softcap:
             tiles.write(site, kind)
         else:
             writer.group_queries(site, kind, added=not kind.causal and phase == "prefill")

@@ -19,8 +19,8 @@ class Capabilities:
         weights: Type of a weight's codes: INT8, or UINT8 around 128.
         fused_scales: Whether `MatMulIntegerToFloat` multiplies by the scales of output channels.
         cache: Type of keys and values in the cache.
-        prompt_tiles: Tiles that a prompt's causal attention is computed in, of one token at least each; 0: it is one
-            operator.
+        prompt_tiles: Tiles that a prompt's causal attention is computed in where query heads share keys, of at least
+            one token each; 0: it is one operator.
         coded_caches: Whether attention over a cache of 8-bit codes, in float otherwise, is built as well.
         loops: Whether loops of small operators are fast. Where not, diverse tokens are chosen on the CPU.
     """
