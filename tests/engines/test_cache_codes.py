@@ -120,12 +120,19 @@ def test_sequences_do_not_see_their_batch(decoders: Decoders, coded: CachedDecod
             prompt.mask[row : row + 1, 8 - length :],
             prompt.answer[row : row + 1],
         )
-        session = CachedSession(coded, 0)
+        session, taken = CachedSession(coded, 0), CachedSession(coded, 0)
         check_close(decoders.prefill(session, alone)[:, -1], logits[0][row : row + 1])
-        for actual, batched in zip(decoders.answer(session, alone), logits[1:], strict=True):
-            wanted = batched[row : row + 1]
-            # A prompt's float32 sums depend on its length, and codes next to a tie turn on them: by one of 127.
-            np.testing.assert_allclose(actual, wanted, rtol=0, atol=np.abs(wanted).max() / 127)
+        decoders.prefill(taken, prompt)
+        taken.reorder(np.array([row]))
+        # A prompt's float32 sums depend on its length, and codes next to a tie turn on them, to their neighbour.
+        for codes, batched in zip(session._cache, taken._cache, strict=True):
+            pair = [cache.numpy()[0, :, :length].astype(np.int64) for cache in (codes, batched)]
+            np.testing.assert_allclose(*pair, rtol=0, atol=1)
+        for actual, wanted in zip(decoders.answer(session, alone), logits[1:], strict=True):
+            np.testing.assert_allclose(actual, wanted[row : row + 1], rtol=0, atol=np.abs(wanted[row]).max() / 127)
+        # From the same codes the answers are the same.
+        for actual, wanted in zip(decoders.answer(taken, alone), logits[1:], strict=True):
+            check_close(actual, wanted[row : row + 1])
 
 
 def test_reordered_rows_keep_their_scales(decoders: Decoders, coded: CachedDecoder) -> None:

@@ -15,8 +15,8 @@ from qavp_export.engines.lowering.values import replace_value
 from qavp_export.engines.ort.lowering.bias import NEVER, causal_bias
 from qavp_export.engines.ort.lowering.capabilities import Capabilities
 from qavp_export.engines.ort.lowering.codes import CODED, CacheScales
-from qavp_export.engines.ort.lowering.heads import by_token, producer_of, replace_output, replace_present
-from qavp_export.engines.ort.lowering.prompts import SCATTER_OPSET, PromptTiles
+from qavp_export.engines.ort.lowering.heads import by_token, producer_of, replace_output, replace_present, scatter
+from qavp_export.engines.ort.lowering.prompts import PromptTiles
 from qavp_export.errors import GraphError
 from qavp_export.passes._builder import Dim, NodeBuilder
 
@@ -183,7 +183,6 @@ class _Writer:
         flat = builder.ints("flat", [0, 1, heads * site.head_size])
         result = builder.op("output", "Reshape", [output, flat], _FLOAT, (_BATCH, 1, heads * site.head_size))
         self._graph.insert_before(anchor, builder.nodes)
-        self._graph.opset_imports[""] = max(self._graph.opset_imports[""], SCATTER_OPSET)
         replace_present(site, present)
         replace_output(site, result)
 
@@ -194,9 +193,7 @@ class _Writer:
             self._places = cast.op("places", "Cast", [self._lengths.sequences], _INT64, (_BATCH,), {"to": int(_INT64)})
             self._graph.insert_before(self._graph[0], cast.nodes)
         new = _one_token(builder, f"{name}_new", tensor.new, static_size(tensor.new, 1), 1)
-        inputs = [tensor.past, new, self._places]
-        shape = tuple(tensor.past.shape or ())
-        return builder.op(name, "TensorScatter", inputs, _FLOAT, shape, {"axis": 2})
+        return scatter(self._graph, builder, name, tensor, new, self._places)
 
     def _bias_of_mask(self, mask: ir.Value, anchor: ir.Node) -> ir.Value:
         """Returns a mask `[B,1,S,T]` as what is added to logits."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from qavp_export.engines.lowering.attention import AttentionSite, static_size
+from qavp_export.engines.lowering.attention import AttentionSite, CachedTensor, static_size
 from qavp_export.engines.lowering.values import replace_value
 from qavp_export.errors import GraphError
 from qavp_export.passes._builder import NodeBuilder
@@ -14,6 +14,8 @@ from qavp_export.passes._linear import input_of
 
 _FLOAT = ir.DataType.FLOAT
 _SWAP_HEADS = (0, 2, 1, 3)
+# The first opset with TensorScatter.
+_SCATTER_OPSET = 24
 
 
 def by_token(builder: NodeBuilder, name: str, value: ir.Value) -> ir.Value:
@@ -47,6 +49,20 @@ def by_head(builder: NodeBuilder, name: str, value: ir.Value, heads: int, channe
     split = builder.op(f"{name}_split", "Reshape", [value, target], _FLOAT, (batch, tokens, heads, channels))
     shape = (batch, heads, tokens, channels)
     return builder.op(f"{name}_by_head", "Transpose", [split], _FLOAT, shape, {"perm": _SWAP_HEADS})
+
+
+def scatter(
+    graph: ir.Graph,
+    builder: NodeBuilder,
+    name: str,
+    tensor: CachedTensor,
+    new: ir.Value,
+    places: ir.Value | None = None,
+) -> ir.Value:
+    """Writes keys or values `[B,KV,S,d]` into the cache from `places [B]` on; None: from its front."""
+    graph.opset_imports[""] = max(graph.opset_imports[""], _SCATTER_OPSET)
+    inputs = [tensor.past, new] if places is None else [tensor.past, new, places]
+    return builder.op(name, "TensorScatter", inputs, _FLOAT, tuple(tensor.past.shape or ()), {"axis": 2})
 
 
 def replace_output(site: AttentionSite, result: ir.Value) -> None:

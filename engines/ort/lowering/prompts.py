@@ -7,14 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qavp_export.engines.lowering.attention import AttentionSite, CachedTensor
+from qavp_export.engines.lowering.attention import AttentionSite
 from qavp_export.engines.lowering.masks import MaskKind
 from qavp_export.engines.ort.lowering.bias import causal_bias
-from qavp_export.engines.ort.lowering.heads import by_head, by_token, producer_of, replace_output, replace_present
+from qavp_export.engines.ort.lowering.heads import (
+    by_head,
+    by_token,
+    producer_of,
+    replace_output,
+    replace_present,
+    scatter,
+)
 from qavp_export.passes._builder import NodeBuilder
-
-# The first opset with TensorScatter.
-SCATTER_OPSET = 24
 
 _FLOAT, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 _TOKENS = "sequence"
@@ -71,11 +75,11 @@ class PromptTiles:
         builder = NodeBuilder(f"{anchor.name}/tiled")
         tensors = (("query", site.query), ("key", site.keys.new), ("value", site.values.new))
         query, key, value = (by_token(builder, name, tensor) for name, tensor in tensors)
+        heads, shared = site.heads
         present = [
-            _fill(builder, name, tensor, new)
+            scatter(self._graph, builder, name, tensor, by_head(builder, f"{name}_new", new, shared, site.head_size))
             for name, tensor, new in (("keys", site.keys, key), ("values", site.values, value))
         ]
-        heads, shared = site.heads
         attributes: dict[str, int | float] = {"q_num_heads": heads, "kv_num_heads": shared, "scale": site.scale}
         parts = []
         for tile, bias in zip(self._tiles, biases, strict=True):
@@ -87,7 +91,6 @@ class PromptTiles:
             parts.append(builder.op(f"{tile.number}", "Attention", inputs, _FLOAT, shape, attributes))
         result = builder.op("Concat", "Concat", parts, _FLOAT, tuple(query.shape or ()), {"axis": 1})
         self._graph.insert_before(anchor, builder.nodes)
-        self._graph.opset_imports[""] = max(self._graph.opset_imports[""], SCATTER_OPSET)
         replace_present(site, present)
         replace_output(site, result)
 
@@ -132,16 +135,6 @@ class PromptTiles:
         bias = causal_bias(part, keys, queries, window, (tile.queries, tile.keys))
         builder.nodes.extend(part.nodes)
         return bias
-
-
-def _fill(builder: NodeBuilder, name: str, tensor: CachedTensor, new: ir.Value) -> ir.Value:
-    """Writes a prompt's keys or values `[B,S,KV*d]` to the front of the cache."""
-    shape = tuple(tensor.past.shape or ())
-    heads, channels = shape[1], shape[3]
-    if not isinstance(heads, int) or not isinstance(channels, int):
-        raise TypeError(f"{tensor.past.name} has no static sizes")
-    inputs = [tensor.past, by_head(builder, f"{name}_new", new, heads, channels)]
-    return builder.op(name, "TensorScatter", inputs, _FLOAT, shape, {"axis": 2})
 
 
 def _rows(
